@@ -1,0 +1,131 @@
+"""Evaluate noisy pictures on frozen contexts: several pictures, and several guidance branches of each, at once.
+
+All branches stand in one batch for the linears and attend each to its own context. What does not change between
+evaluations (rows, positions, the tokens around the picture, embeddings of all times) is made once per generation.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence as Many
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from bagel.modeling.bagel import Bagel
+from bagel.modeling.cache import Context, Place
+from bagel.modeling.mot import Streams
+from bagel.modeling.plan import AttentionPlan, Sequence
+from bagel.modeling.rope import Rotary
+
+
+@dataclass(frozen=True)
+class Branch:
+    """One picture on one context.
+
+    Args:
+        picture: which of the pictures drawn together.
+        context: what it is drawn from; stays as it is.
+        place: where its keys and values stand; "headroom" where the context is a prefix of another branch's.
+    """
+
+    picture: int
+    context: Context
+    place: Place = "tail"
+
+
+@dataclass(frozen=True)
+class _Layout:
+    """One set of branches evaluated together, laid out once."""
+
+    plan: AttentionPlan
+    rotary: tuple[Rotary, Rotary]
+    und: Tensor  # (2 * branches, H), the tokens around each picture
+    pictures: tuple[int, ...]
+
+
+class Denoiser:
+    """Last-layer states and velocities of noisy pictures; lives for one generation.
+
+    Args:
+        model: with its generating half.
+        branches: all that will ever be evaluated.
+        position_ids: for each picture the cells (n,) of its latent tokens.
+        timesteps: the times of all evaluations (S,), float32 in [0, 1].
+        image_tokens: ids of `<|vision_start|>` and `<|vision_end|>`.
+        attention: backend, see `bagel.attention`.
+    """
+
+    def __init__(
+        self,
+        model: Bagel,
+        branches: Many[Branch],
+        *,
+        position_ids: Many[Tensor],
+        timesteps: Tensor,
+        image_tokens: tuple[int, int],
+        attention: str = "sdpa",
+    ) -> None:
+        self.model = model
+        self.branches = tuple(branches)
+        self.attention = attention
+        device = model.device
+        self.sizes = tuple(ids.shape[0] for ids in position_ids)
+        cells = torch.cat(list(position_ids)).to(device)
+        self.tables = model.latent_pos_embed(cells).split(self.sizes)
+        self.times = model.time_embedder(timesteps.to(device))  # (S, H)
+        self.around = model.decoder.embed(torch.tensor(image_tokens, device=device))  # (2, H)
+        self.layouts: dict[tuple[int, ...], _Layout] = {}
+        for branch in branches:
+            tokens, context = 2 + self.sizes[branch.picture], branch.context
+            if branch.place == "tail":
+                context.cache.reserve(tokens=context.length + tokens)
+            else:
+                context.cache.reserve(headroom=tokens)
+
+    def hidden(self, latents: Many[Tensor], step: int, active: tuple[int, ...]) -> list[Tensor]:
+        """Return what leaves the last layer, (n, H), for each active branch.
+
+        Args:
+            latents: x of each picture (n, P), float32.
+            step: index into the timesteps.
+            active: indices into the branches.
+        """
+        model = self.model
+        layout = self.layouts.get(active) or self._lay_out(active)
+        tokens = {}
+        for picture in dict.fromkeys(layout.pictures):
+            projected = model.vae2llm(latents[picture].to(model.dtype))
+            tokens[picture] = (projected + self.times[step] + self.tables[picture]).to(self.around.dtype)
+        gen = [tokens[picture] for picture in layout.pictures]
+        x = Streams(layout.und, gen[0] if len(gen) == 1 else torch.cat(gen))
+        hidden = model.decoder(x, layout.rotary, layout.plan)
+        return list(hidden.gen.split([self.sizes[picture] for picture in layout.pictures]))
+
+    def velocity(self, hidden: Tensor) -> Tensor:
+        """Return float32 velocities (n, P) of last-layer states (n, H)."""
+        return self.model.velocity(hidden)
+
+    def _lay_out(self, active: tuple[int, ...]) -> _Layout:
+        branches = [self.branches[index] for index in active]
+        sequences, und_positions, gen_positions = [], [], []
+        start = 0
+        for row, branch in enumerate(branches):
+            stop = start + self.sizes[branch.picture]
+            und, gen = slice(2 * row, 2 * row + 2), slice(start, stop)
+            sequences.append(Sequence(und, gen, context=branch.context, place=branch.place))
+            und_positions += [branch.context.position] * 2
+            gen_positions += [branch.context.position] * (stop - start)
+            start = stop
+        decoder, device = self.model.decoder, self.model.device
+        layout = _Layout(
+            plan=AttentionPlan(sequences, backend=self.attention),
+            rotary=(
+                decoder.rotary(torch.tensor(und_positions, device=device)),
+                decoder.rotary(torch.tensor(gen_positions, device=device)),
+            ),
+            und=self.around.repeat(len(branches), 1),
+            pictures=tuple(branch.picture for branch in branches),
+        )
+        self.layouts[active] = layout
+        return layout

@@ -1,0 +1,105 @@
+"""The weights of one expert in one decoder layer, and what they compute on that expert's tokens.
+
+Shapes: T tokens of the expert, H hidden, Hq query heads, Hkv key/value heads, D channels a head.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from bagel.config import DecoderConfig
+from bagel.modeling.rope import Rotary, rotate
+
+Heads = tuple[Tensor, Tensor, Tensor]
+"""Queries (T, Hq, D), keys (T, Hkv, D) and values (T, Hkv, D)."""
+
+
+class RMSNorm(nn.Module):
+    """Root-mean-square norm (arXiv 1910.07467): float32 inside, rounded to the input's type, then weighted."""
+
+    def __init__(self, size: int, *, eps: float) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(size))
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Normalise the last axis of x (..., size)."""
+        exact = x.float()
+        exact = exact * torch.rsqrt(exact.square().mean(-1, keepdim=True) + self.eps)
+        return self.weight * exact.to(x.dtype)
+
+
+class Attention(nn.Module):
+    """Projections of one expert around the attention that both experts share."""
+
+    def __init__(self, config: DecoderConfig) -> None:
+        super().__init__()
+        self.heads, self.kv_heads = config.num_attention_heads, config.num_key_value_heads
+        self.head_dim = config.head_dim
+        self.qkv_proj = nn.Linear(config.hidden_size, (self.heads + 2 * self.kv_heads) * self.head_dim)
+        self.o_proj = nn.Linear(self.heads * self.head_dim, config.hidden_size, bias=False)
+        self.q_norm = RMSNorm(self.head_dim, eps=config.rms_norm_eps) if config.qk_norm else nn.Identity()
+        self.k_norm = RMSNorm(self.head_dim, eps=config.rms_norm_eps) if config.qk_norm else nn.Identity()
+
+    def project(self, x: Tensor, rotary: Rotary) -> Heads:
+        """Return rotated queries and keys, and values, of normed tokens x (T, H)."""
+        qkv = self.qkv_proj(x).unflatten(-1, (-1, self.head_dim))
+        q, k, v = qkv.split([self.heads, self.kv_heads, self.kv_heads], dim=-2)
+        # Norm and rotation in float32, rounded once just before attention.
+        q = rotate(self.q_norm(q.float()), rotary).to(v.dtype)
+        k = rotate(self.k_norm(k.float()), rotary).to(v.dtype)
+        return q, k, v
+
+
+class MLP(nn.Module):
+    """SwiGLU feed-forward (arXiv 2002.05202): down(silu(gate(x)) * up(x))."""
+
+    def __init__(self, config: DecoderConfig) -> None:
+        super().__init__()
+        self.gate_up_proj = nn.Linear(config.hidden_size, 2 * config.intermediate_size, bias=False)
+        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map tokens (T, H) to (T, H); float32 out of a float16 model, else the type of x."""
+        gate, up = self.gate_up_proj(x).chunk(2, dim=-1)
+        if x.dtype != torch.float16:
+            return self.down_proj(F.silu(gate) * up)
+        # A few channels of this product exceed float16's 65504 in Qwen2.5: scale each token into [-1, 1] and back.
+        product = F.silu(gate.float()) * up.float()
+        scale = product.abs().amax(-1, keepdim=True).clamp(min=1.0)
+        return self.down_proj((product / scale).to(x.dtype)).float() * scale
+
+
+class Expert(nn.Module):
+    """One expert's half of a layer.
+
+    In the MoE variant the gen expert owns an MLP only and shares the norms and the attention of its layer's und
+    expert, which it then gets as `shared`.
+    """
+
+    def __init__(self, config: DecoderConfig, *, own_attention: bool = True) -> None:
+        super().__init__()
+        if own_attention:
+            self.input_norm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+            self.attention = Attention(config)
+            self.post_norm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.mlp = MLP(config)
+        self.own_attention = own_attention
+
+    def heads(self, x: Tensor, rotary: Rotary, shared: Expert) -> Heads:
+        """Return queries, keys and values of the residual stream x (T, H)."""
+        owner = self if self.own_attention else shared
+        return owner.attention.project(_for_linear(owner.input_norm(x), owner.input_norm), rotary)
+
+    def finish(self, x: Tensor, attended: Tensor, shared: Expert) -> Tensor:
+        """Add the attention's result (T, Hq, D) and the MLP to the residual stream x (T, H)."""
+        owner = self if self.own_attention else shared
+        x = x + owner.attention.o_proj(attended.flatten(-2))
+        return x + self.mlp(_for_linear(owner.post_norm(x), owner.post_norm))
+
+
+def _for_linear(x: Tensor, norm: RMSNorm) -> Tensor:
+    """Round to the weights' type: a float16 model keeps its residual stream in float32."""
+    return x.to(norm.weight.dtype)

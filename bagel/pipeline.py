@@ -1,0 +1,332 @@
+"""The pipeline: what a user calls to read, ask, draw and edit. Every task is a short cut to `generate`."""
+
+from __future__ import annotations
+
+import secrets
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, overload
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from bagel.answering import TextWriter, decode_jobs, write_texts
+from bagel.attention import check_backend
+from bagel.contexts import Entry, prefill_all
+from bagel.drawing import draw
+from bagel.inputs import Input, Job, Parts, begin, prepare
+from bagel.memory import explain_out_of_memory
+from bagel.modeling import Bagel
+from bagel.options import Options, Output, make_options
+from bagel.tokenizer import TextStream, Tokenizer
+from bagel.vae import Autoencoder
+
+
+@dataclass(frozen=True)
+class ImageResult:
+    """A picture.
+
+    `image` PIL RGB; `text` the plan of `think`, else None; `latents` (16, h/8, w/8) float32 on the CPU, as the flow
+    left them; `seed` of its generator.
+    """
+
+    image: Image.Image
+    text: str | None
+    latents: Tensor
+    seed: int
+
+
+@dataclass(frozen=True)
+class TextResult:
+    """An answer: its text, its token ids without bos and eos, why it ended ("stop" or "length"), its seed."""
+
+    text: str
+    token_ids: tuple[int, ...]
+    finish_reason: str
+    seed: int
+
+
+Pictures = Image.Image | Sequence[Image.Image]
+PER_ITEM = ("seed", "generator", "height", "width", "negative_prompt", "noise", "posterior_noise")
+"""Options that a batch may give one by one, as lists; the others are shared."""
+
+
+class BagelPipeline:
+    """BAGEL with its autoencoder and tokenizer, ready to use.
+
+    Args:
+        model: the MoT decoder with what it has of vision and generation.
+        vae: the autoencoder; None for a model that only understands.
+        tokenizer: text to ids.
+        attention: backend, see `bagel.attention`.
+    """
+
+    def __init__(
+        self, model: Bagel, vae: Autoencoder | None, tokenizer: Tokenizer, *, attention: str = "sdpa"
+    ) -> None:
+        self.parts = Parts(model, vae, tokenizer, check_backend(attention))
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        source: str | Path,
+        *,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | str | None = None,
+        attention: str = "sdpa",
+        vae_dtype: torch.dtype | str | None = None,
+        base: str | Path | None = None,
+        weights: str | None = None,
+        visual_gen: bool | None = None,
+        visual_und: bool | None = None,
+        revision: str | None = None,
+        token: str | None = None,
+        progress: bool = True,
+    ) -> BagelPipeline:
+        """Load a checkpoint in the official layout.
+
+        Args:
+            source: a folder, or an id on the Hugging Face Hub such as "ByteDance-Seed/BAGEL-7B-MoT".
+            device: where to; a CUDA GPU if there is one, else the CPU.
+            dtype: of the model; bfloat16 on a GPU (float16 where it has none), float32 on a CPU.
+            attention: "sdpa", "flash" or "reference"; see `bagel.attention`.
+            vae_dtype: of the autoencoder; bfloat16 with a bfloat16 model on a GPU, else float32.
+            base: another folder or id for what the source lacks: configurations, tokenizer, autoencoder.
+            weights: the weights' file, where a folder holds several.
+            visual_gen: False leaves out the generating half, though it is there.
+            visual_und: False leaves out the vision half.
+            revision, token: for the Hub.
+            progress: show download bars.
+
+        Raises:
+            CheckpointError: what is wrong with the files, and the way out.
+            NotEnoughMemoryError: they do not fit.
+        """
+        from bagel.loading import load_parts
+
+        check_backend(attention)
+        model, vae, tokenizer = load_parts(
+            source,
+            device=device,
+            dtype=dtype,
+            vae_dtype=vae_dtype,
+            base=base,
+            weights=weights,
+            visual_gen=visual_gen,
+            visual_und=visual_und,
+            revision=revision,
+            token=token,
+            progress=progress,
+        )
+        return cls(model, vae, tokenizer, attention=attention)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the model is."""
+        return self.parts.model.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The model's type."""
+        return self.parts.model.dtype
+
+    def save_pretrained(self, folder: str | Path, *, max_shard_bytes: int | None = None, overwrite: bool = False) -> None:
+        """Export to the official layout; see `bagel.checkpoint.save_checkpoint`."""
+        from bagel.checkpoint import save_checkpoint
+
+        model, vae, tokenizer = self.parts.model, self.parts.vae, self.parts.tokenizer
+        save_checkpoint(
+            folder, model, vae, model.config, tokenizer, max_shard_bytes=max_shard_bytes, overwrite=overwrite
+        )
+
+    @overload
+    def text_to_image(self, prompt: str, *, preset: str | None = None, **options: Any) -> ImageResult: ...
+    @overload
+    def text_to_image(self, prompt: Sequence[str], *, preset: str | None = None, **options: Any) -> list[ImageResult]: ...
+    def text_to_image(self, prompt, *, preset=None, **options):
+        """Draw a picture from a text, or a batch from a list of texts with one seed each.
+
+        Options are those of `bagel.options.Options`; a batch may give seed, height, width, negative_prompt and noise
+        as lists.
+        """
+        if isinstance(prompt, str):
+            return self._run([[prompt]], "text_to_image", "image", preset, options, single=True)[0]
+        return self._run([[text] for text in prompt], "text_to_image", "image", preset, options)
+
+    @overload
+    def edit(self, images: Pictures, instruction: str, *, preset: str | None = None, **options: Any) -> ImageResult: ...
+    @overload
+    def edit(
+        self, images: Sequence[Pictures], instruction: Sequence[str], *, preset: str | None = None, **options: Any
+    ) -> list[ImageResult]: ...
+    def edit(self, images, instruction, *, preset=None, **options):
+        """Change a picture as a text says; several pictures are all shown before the text.
+
+        For a batch give a list of instructions, and as many entries in `images`, each a picture or a list of them.
+        """
+        batch, single = _with_pictures(images, instruction)
+        results = self._run(batch, "edit", "image", preset, options, single=single)
+        return results[0] if single else results
+
+    @overload
+    def understand(self, images: Pictures, question: str, *, preset: str | None = None, **options: Any) -> TextResult: ...
+    @overload
+    def understand(
+        self, images: Sequence[Pictures], question: Sequence[str], *, preset: str | None = None, **options: Any
+    ) -> list[TextResult]: ...
+    def understand(self, images, question, *, preset=None, **options):
+        """Answer a question about pictures; lists as for `edit`."""
+        batch, single = _with_pictures(images, question)
+        results = self._run(batch, "understand", "text", preset, options, single=single)
+        return results[0] if single else results
+
+    def generate(
+        self, inputs: Sequence[Input], *, output: Output = "image", preset: str | None = None, **options: Any
+    ) -> Any:
+        """Read any interleaving of texts and pictures, then answer in text or draw.
+
+        Args:
+            inputs: texts and PIL pictures, in order.
+            output: "text" or "image".
+            preset: see `bagel.options.PRESETS`.
+            options: see `bagel.options.Options`; guidance defaults are those of an edit if there is a picture among
+                the inputs.
+
+        Returns:
+            TextResult or ImageResult.
+
+        Raises:
+            TypeError, ValueError: an unknown option, a value out of range, an input that cannot be used.
+            NotEnoughMemoryError: what was asked does not fit.
+        """
+        return self.generate_batch([inputs], output=output, preset=preset, **options)[0]
+
+    def generate_batch(
+        self, batch: Sequence[Sequence[Input]], *, output: Output = "image", preset: str | None = None, **options: Any
+    ) -> list[Any]:
+        """Generate from several inputs at once, one seed each; the results are those of one call at a time."""
+        if output not in ("text", "image"):
+            raise ValueError(f'output must be "text" or "image", got {output!r}')
+        for inputs in batch:
+            if isinstance(inputs, str | Image.Image):
+                raise TypeError(f"the inputs must be a list of texts and pictures, got {type(inputs).__name__}")
+        pictures = any(isinstance(piece, Image.Image) for inputs in batch for piece in inputs)
+        task = "understand" if output == "text" else "edit" if pictures else "text_to_image"
+        return self._run(batch, task, output, preset, options, single=len(batch) == 1)
+
+    def stream(self, inputs: Sequence[Input], *, preset: str | None = None, **options: Any) -> Iterator[str]:
+        """Yield the text that `generate(..., output="text")` would return, as it is decoded, in whole characters."""
+        chosen = make_options("understand", "text", options, preset=preset)
+        return self._stream(inputs, chosen)
+
+    def _stream(self, inputs: Sequence[Input], options: Options) -> Iterator[str]:
+        job = self._prepared([inputs], [options], "text")[0]
+        writer = TextWriter(TextStream(self.parts.tokenizer), options.stop_strings)
+        taken = 0
+        for (answer,) in decode_jobs(self.parts, [job], limit=options.text_limit):
+            for token in answer.ids[taken:]:
+                if piece := writer.push(token):
+                    yield piece
+            taken = len(answer.ids)
+            if writer.stopped:
+                return
+        if piece := writer.flush():
+            yield piece
+
+    def _run(
+        self,
+        batch: Sequence[Sequence[Input]],
+        task: str,
+        output: Output,
+        preset: str | None,
+        given: dict[str, Any],
+        *,
+        single: bool = False,
+    ) -> list[Any]:
+        if not batch:
+            raise ValueError("there is nothing to do: the batch is empty")
+        each = [given] if single else _one_by_one(given, len(batch))
+        options = [make_options(task, output, values, preset=preset) for values in each]
+        with explain_out_of_memory(
+            f"working on {len(batch)} request(s)",
+            way_out="use fewer at a time, smaller pictures, fewer pictures among the inputs, a shorter text, "
+            "or dtype=torch.bfloat16",
+        ):
+            jobs = self._prepared(batch, options, output)
+            return self._answer(jobs) if output == "text" else self._draw(jobs)
+
+    @torch.inference_mode()
+    def _prepared(self, batch: Sequence[Sequence[Input]], options: Sequence[Options], output: Output) -> list[Job]:
+        jobs = [prepare(self.parts, inputs, own, output) for inputs, own in zip(batch, options, strict=True)]
+        limit = options[0].text_limit if output == "text" else options[0].max_think_tokens if options[0].think else 0
+        image_dropped = output == "image" and options[0].guidance.uses_image
+        for job in jobs:
+            begin(self.parts, job, text_tokens=limit, image_dropped=image_dropped)
+        self._prefill(jobs, [job.entries for job in jobs])
+        return jobs
+
+    def _prefill(self, jobs: Sequence[Job], entries: Sequence[Sequence[Entry]]) -> None:
+        contexts = [job.contexts for job in jobs if job.contexts is not None]
+        prefill_all(
+            self.parts.model,
+            contexts,
+            entries,
+            image_tokens=self.parts.image_tokens,
+            attention=self.parts.attention,
+        )
+
+    def _answer(self, jobs: list[Job]) -> list[TextResult]:
+        options = jobs[0].options
+        written = write_texts(self.parts, jobs, limit=options.text_limit, stop=options.stop_strings)
+        return [
+            TextResult(text, tuple(answer.ids), answer.finish_reason, job.generator.initial_seed())
+            for job, (text, answer) in zip(jobs, written, strict=True)
+        ]
+
+    @torch.inference_mode()
+    def _draw(self, jobs: list[Job]) -> list[ImageResult]:
+        options = jobs[0].options
+        if options.think:
+            plans = write_texts(self.parts, jobs, limit=options.max_think_tokens)
+            for job, (text, _) in zip(jobs, plans, strict=True):
+                job.plan = text
+            # The plan is read again as an ordinary text; the ids that were decoded are not kept.
+            self._prefill(jobs, [[Entry(self.parts.text(text), "plan")] for text, _ in plans])
+        return [
+            ImageResult(image, job.plan, latents, job.generator.initial_seed())
+            for job, (image, latents) in zip(jobs, draw(self.parts, jobs), strict=True)
+        ]
+
+
+def _with_pictures(images: Any, text: str | Sequence[str]) -> tuple[list[list[Input]], bool]:
+    """Return the inputs of each request, pictures before the text, and whether it was a single one."""
+    if isinstance(text, str):
+        return [[*_listed(images), text]], True
+    if not isinstance(images, Sequence) or len(images) != len(text):
+        count = len(images) if isinstance(images, Sequence) else 1
+        raise ValueError(f"a batch of {len(text)} texts needs {len(text)} pictures or lists of pictures, got {count}")
+    return [[*_listed(own), one] for own, one in zip(images, text, strict=True)], False
+
+
+def _listed(images: Pictures) -> list[Image.Image]:
+    return [images] if isinstance(images, Image.Image) else list(images)
+
+
+def _one_by_one(given: dict[str, Any], count: int) -> list[dict[str, Any]]:
+    """Return the options of each of `count` requests; lists are dealt out, single values shared."""
+    each = [dict(given) for _ in range(count)]
+    for name in PER_ITEM:
+        value = given.get(name)
+        if value is None:
+            continue
+        if not isinstance(value, list | tuple):
+            if name in ("height", "width", "negative_prompt"):
+                continue
+            raise ValueError(f"a batch of {count} needs {count} values of {name!r} in a list, got a single one")
+        if len(value) != count:
+            raise ValueError(f"a batch of {count} needs {count} values of {name!r}, got {len(value)}")
+        for options, own in zip(each, value, strict=True):
+            options[name] = own
+    return each

@@ -19,8 +19,16 @@ from bagel.sampling import FlowStep, Guidance, GuidedVelocity, PictureBranches, 
 
 def draw(parts: Parts, jobs: Sequence[Job]) -> list[tuple[Image.Image, Tensor]]:
     """Return picture and latents (z, h, w) float32 of each job, drawn together; the contexts stay as they are."""
-    options = jobs[0].options
     noise = [_noise(parts, job).to(parts.model.device) for job in jobs]
+    velocity, timesteps = plan_flow(parts, jobs)
+    with tqdm(total=len(timesteps) - 1, desc="drawing", unit="step", disable=not _shows_progress(jobs)) as bar:
+        latents = euler(velocity, noise, timesteps, on_step=_observer(jobs, bar))
+    return [_finish(parts, job, tokens) for job, tokens in zip(jobs, latents, strict=True)]
+
+
+def plan_flow(parts: Parts, jobs: Sequence[Job]) -> tuple[GuidedVelocity, Tensor]:
+    """Return the guided velocity of all jobs' pictures on their prefilled contexts, and the times of the flow."""
+    options = jobs[0].options
     timesteps = flow_timesteps(options.num_timesteps, shift=options.timestep_shift)
     branches, pictures = _branches(parts, jobs, options.guidance)
     denoiser = Denoiser(
@@ -39,9 +47,7 @@ def draw(parts: Parts, jobs: Sequence[Job]) -> list[tuple[Image.Image, Tensor]]:
         timesteps=timesteps[:-1],
         taylorseer=options.taylorseer,
     )
-    with tqdm(total=len(timesteps) - 1, desc="drawing", unit="step", disable=not _shows_progress(jobs)) as bar:
-        latents = euler(velocity, noise, timesteps, on_step=_observer(jobs, bar))
-    return [_finish(parts, job, tokens) for job, tokens in zip(jobs, latents, strict=True)]
+    return velocity, timesteps
 
 
 def _noise(parts: Parts, job: Job) -> Tensor:

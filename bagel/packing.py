@@ -70,11 +70,12 @@ class LatentImage:
 
 @dataclass(frozen=True)
 class Frames:
-    """Frames of one video: a single full-attention split that later segments may see.
+    """Frames of one video: a single full-attention split that later segments may see, noisy frames too.
 
     Args:
         images: the frames, in order.
-        deltas: rotary distance from each frame to the next; one fewer than frames.
+        deltas: rotary distance from each frame to the next; one fewer than frames. What follows is one position after
+            the last frame, or at it if that frame is noisy.
     """
 
     images: tuple[LatentImage, ...]
@@ -256,7 +257,8 @@ class _Streams:
             for image, delta in zip(segment.images[1:], segment.deltas, strict=True):
                 position += delta
                 self.add_latents(image, position)
-            return Split(sum(image.latents.shape[0] + 2 for image in segment.images), "full"), position + 1
+            length = sum(image.latents.shape[0] + 2 for image in segment.images)
+            return Split(length, "full"), position + (not segment.images[-1].noisy)
         return None, position + 1
 
     def sample_order(self, und_start: int, gen_start: int, num_und: int) -> Tensor:

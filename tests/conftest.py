@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import json
+from functools import lru_cache
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file
+
+from bagel import BagelPipeline
 
 REFERENCE = Path(__file__).parent / "reference"
 VARIANTS = ("tiny", "variant_moe")
@@ -29,3 +32,22 @@ def golden_json(variant: str, name: str):
 def variant(request) -> str:
     """Name of a reference model, one after the other."""
     return request.param
+
+
+def assert_close(found: torch.Tensor, wanted: torch.Tensor, *, relative: float = 1e-5) -> None:
+    """Assert that every element is within `relative` of the largest wanted magnitude."""
+    assert found.shape == wanted.shape, (tuple(found.shape), tuple(wanted.shape))
+    found, wanted = found.detach().double().cpu(), wanted.double().cpu()
+    error = (found - wanted).abs().max().item() / max(wanted.abs().max().item(), 1e-30)
+    assert error <= relative, f"largest error {error:.2e} of the largest magnitude, allowed {relative:.0e}"
+
+
+@lru_cache
+def load_pipeline(variant: str, dtype: torch.dtype = torch.float32) -> BagelPipeline:
+    """The pipeline of a reference model; tests must not change it."""
+    return BagelPipeline.from_pretrained(REFERENCE / variant / "checkpoint", device="cpu", dtype=dtype)
+
+
+def load_model(variant: str):
+    """Model, autoencoder and tokenizer of a reference model in float32."""
+    return load_pipeline(variant).parts

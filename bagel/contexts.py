@@ -124,4 +124,3 @@ def extend(
 def text_segment(ids: Sequence[int], *, bos: int, eos: int) -> Text:
     """Return a text segment: bos, the ids, eos; there is no chat template and there are no role names."""
     return Text(torch.tensor([bos, *ids, eos]))
-

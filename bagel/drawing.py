@@ -62,9 +62,7 @@ def _noise(parts: Parts, job: Job) -> Tensor:
     return given.float()
 
 
-def _branches(
-    parts: Parts, jobs: Sequence[Job], guidance: Guidance
-) -> tuple[list[Branch], list[PictureBranches]]:
+def _branches(parts: Parts, jobs: Sequence[Job], guidance: Guidance) -> tuple[list[Branch], list[PictureBranches]]:
     """List the branches of all pictures; contexts that hold the same tokens share one."""
     branches: list[Branch] = []
     pictures = []
@@ -73,7 +71,9 @@ def _branches(
         assert contexts is not None
         own: list[int] = []
 
-        def index(context: Context, own: list[int] = own, contexts: GuidanceContexts = contexts, n: int = number) -> int:
+        def index(
+            context: Context, own: list[int] = own, contexts: GuidanceContexts = contexts, n: int = number
+        ) -> int:
             for known in own:
                 if branches[known].context.same_as(context):
                     return known
@@ -120,9 +120,7 @@ def _shows_progress(jobs: Sequence[Job]) -> bool:
 def _finish(parts: Parts, job: Job, tokens: Tensor) -> tuple[Image.Image, Tensor]:
     config = parts.model.config
     side = config.latent_downsample
-    latents = unpatchify(
-        tokens, height=job.size[0] // side, width=job.size[1] // side, patch=config.latent_patch_size
-    )
+    latents = unpatchify(tokens, height=job.size[0] // side, width=job.size[1] // side, patch=config.latent_patch_size)
     pixels = parts.drawing_vae().decode(latents[None])[0].float()
     if not torch.isfinite(pixels).all():
         raise FloatingPointError(
@@ -130,4 +128,3 @@ def _finish(parts: Parts, job: Job, tokens: Tensor) -> tuple[Image.Image, Tensor
             "try dtype=torch.float32, or check the files with `bagel inspect --verify`"
         )
     return to_image(pixels.cpu()), latents.cpu()
-

@@ -105,7 +105,9 @@ def prepare(parts: Parts, inputs: Sequence[Input], options: Options, output: Out
             raise TypeError(f"an input must be a text or a PIL picture, got {type(piece).__name__}")
     given = options.posterior_noise
     if given is not None and len(given) != len(pictures):
-        raise ValueError(f"posterior_noise needs one tensor for each of {len(pictures)} input pictures, got {len(given)}")
+        raise ValueError(
+            f"posterior_noise needs one tensor for each of {len(pictures)} input pictures, got {len(given)}"
+        )
     if output == "image":
         parts.drawing_vae()
         job.size = _output_size(parts, job)

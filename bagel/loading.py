@@ -74,9 +74,7 @@ def choose_dtype(dtype: torch.dtype | str | None, device: torch.device) -> torch
     return chosen
 
 
-def choose_vae_dtype(
-    vae_dtype: torch.dtype | str | None, dtype: torch.dtype, device: torch.device
-) -> torch.dtype:
+def choose_vae_dtype(vae_dtype: torch.dtype | str | None, dtype: torch.dtype, device: torch.device) -> torch.dtype:
     """Return the autoencoder's type: as asked, else bfloat16 beside a bfloat16 model on a GPU, else float32."""
     if vae_dtype is not None:
         return choose_dtype(vae_dtype, device)

@@ -158,8 +158,11 @@ class Options:
 
 
 IMAGE_ONLY = frozenset(
-    "height width num_timesteps timestep_shift cfg_text_scale cfg_img_scale cfg_interval cfg_renorm_type "
-    "cfg_renorm_min max_think_tokens negative_prompt taylorseer noise posterior_noise posterior on_step".split()
+    (
+        *("height", "width", "num_timesteps", "timestep_shift", "taylorseer", "noise", "on_step"),
+        *("cfg_text_scale", "cfg_img_scale", "cfg_interval", "cfg_renorm_type", "cfg_renorm_min"),
+        *("max_think_tokens", "negative_prompt", "posterior_noise", "posterior"),
+    )
 )
 TEXT_ONLY = frozenset(("max_new_tokens", "stop"))
 

@@ -9,7 +9,7 @@ attention finds the tokens of a sample in at most two slices. `Packed.order` giv
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from typing import Literal
 
 import torch
@@ -43,10 +43,12 @@ class ViTImage:
     Args:
         patches: flattened pixels (n, 588) in [-1, 1].
         position_ids: cells of the ViT's position grid (n,), long, from `bagel.image.patch_positions`.
+        end_label: for training, the id that the closing image token should predict.
     """
 
     patches: Tensor
     position_ids: Tensor
+    end_label: int | None = None
 
 
 @dataclass(frozen=True)
@@ -59,6 +61,7 @@ class LatentImage:
         timestep: t in [0, 1]; 0 is a clean picture.
         noisy: a target that no later segment may see; it does not advance the rotary position.
         velocity: for training, the target noise - z (n, 64).
+        end_label: for training, the id that the closing image token should predict.
     """
 
     latents: Tensor
@@ -66,6 +69,7 @@ class LatentImage:
     timestep: float = 0.0
     noisy: bool = False
     velocity: Tensor | None = None
+    end_label: int | None = None
 
 
 @dataclass(frozen=True)
@@ -173,8 +177,8 @@ class Packed:
 
     def to(self, device: torch.device | str) -> Packed:
         """Return a copy whose tensors are on `device`."""
-        values = {f.name: getattr(self, f.name) for f in fields(self)}
-        return Packed(**{k: v.to(device) if isinstance(v, Tensor) else v for k, v in values.items()})
+        tensors = {f.name: value for f in fields(self) if isinstance(value := getattr(self, f.name), Tensor)}
+        return replace(self, **{name: tensor.to(device) for name, tensor in tensors.items()})
 
 
 @dataclass
@@ -204,9 +208,14 @@ class _Streams:
         self.num_und += count
         return rows
 
-    def image_token(self, which: int, position: int) -> None:
+    def image_token(self, which: int, position: int, label: int | None = None) -> None:
+        rows = self.und(1, torch.tensor([position]))
         self.text_ids.append(torch.tensor([self.image_tokens[which]]))
-        self.text_rows.append(self.und(1, torch.tensor([position])))
+        self.text_rows.append(rows)
+        if label is not None:
+            self.label_rows.append(rows)
+            self.labels.append(torch.tensor([label]))
+            self.label_weights.append(torch.ones(1))
 
     def add_text(self, text: Text, position: int) -> None:
         count = text.ids.shape[0]
@@ -226,7 +235,7 @@ class _Streams:
         self.image_token(0, position)
         self.vit.append(image)
         self.vit_rows.append(self.und(count, torch.full((count,), position)))
-        self.image_token(1, position)
+        self.image_token(1, position, image.end_label)
 
     def add_latents(self, image: LatentImage, position: int) -> None:
         count = image.latents.shape[0]
@@ -238,7 +247,7 @@ class _Streams:
         if image.velocity is not None:
             self.target_rows.append(rows)
         self.num_gen += count
-        self.image_token(1, position)
+        self.image_token(1, position, image.end_label)
 
     def add(self, segment: Segment, position: int) -> tuple[Split | None, int]:
         """Append a segment; return its split and the position that follows it."""
@@ -318,8 +327,14 @@ def _check(segment: Segment) -> None:
             raise ValueError(
                 f"{type(segment).__name__}: {rows.shape[0]} patches but {segment.position_ids.shape[0]} position ids"
             )
-    elif isinstance(segment, Text) and segment.labels is not None and segment.labels.shape != segment.ids.shape:
-        raise ValueError(f"Text: {segment.ids.shape[0]} ids but {segment.labels.shape[0]} labels")
+        velocity = segment.velocity if isinstance(segment, LatentImage) else None
+        if velocity is not None and velocity.shape != rows.shape:
+            raise ValueError(f"LatentImage: latents {tuple(rows.shape)} but velocity {tuple(velocity.shape)}")
+    elif isinstance(segment, Text):
+        for name in ("labels", "weights"):
+            given = getattr(segment, name)
+            if given is not None and given.shape != segment.ids.shape:
+                raise ValueError(f"Text: {segment.ids.shape[0]} ids but {given.shape[0]} {name}")
 
 
 def _cat(tensors: list[Tensor], dtype: torch.dtype, *, width: int | None = None) -> Tensor:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import secrets
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -53,6 +52,9 @@ PER_ITEM = ("seed", "generator", "height", "width", "negative_prompt", "noise", 
 """Options that a batch may give one by one, as lists; the others are shared."""
 
 
+LESS = "use fewer at a time, smaller pictures, fewer pictures among the inputs, a shorter text, or dtype=torch.bfloat16"
+
+
 class BagelPipeline:
     """BAGEL with its autoencoder and tokenizer, ready to use.
 
@@ -63,9 +65,7 @@ class BagelPipeline:
         attention: backend, see `bagel.attention`.
     """
 
-    def __init__(
-        self, model: Bagel, vae: Autoencoder | None, tokenizer: Tokenizer, *, attention: str = "sdpa"
-    ) -> None:
+    def __init__(self, model: Bagel, vae: Autoencoder | None, tokenizer: Tokenizer, *, attention: str = "sdpa") -> None:
         self.parts = Parts(model, vae, tokenizer, check_backend(attention))
 
     @classmethod
@@ -132,7 +132,9 @@ class BagelPipeline:
         """The model's type."""
         return self.parts.model.dtype
 
-    def save_pretrained(self, folder: str | Path, *, max_shard_bytes: int | None = None, overwrite: bool = False) -> None:
+    def save_pretrained(
+        self, folder: str | Path, *, max_shard_bytes: int | None = None, overwrite: bool = False
+    ) -> None:
         """Export to the official layout; see `bagel.checkpoint.save_checkpoint`."""
         from bagel.checkpoint import save_checkpoint
 
@@ -144,7 +146,9 @@ class BagelPipeline:
     @overload
     def text_to_image(self, prompt: str, *, preset: str | None = None, **options: Any) -> ImageResult: ...
     @overload
-    def text_to_image(self, prompt: Sequence[str], *, preset: str | None = None, **options: Any) -> list[ImageResult]: ...
+    def text_to_image(
+        self, prompt: Sequence[str], *, preset: str | None = None, **options: Any
+    ) -> list[ImageResult]: ...
     def text_to_image(self, prompt, *, preset=None, **options):
         """Draw a picture from a text, or a batch from a list of texts with one seed each.
 
@@ -171,7 +175,9 @@ class BagelPipeline:
         return results[0] if single else results
 
     @overload
-    def understand(self, images: Pictures, question: str, *, preset: str | None = None, **options: Any) -> TextResult: ...
+    def understand(
+        self, images: Pictures, question: str, *, preset: str | None = None, **options: Any
+    ) -> TextResult: ...
     @overload
     def understand(
         self, images: Sequence[Pictures], question: Sequence[str], *, preset: str | None = None, **options: Any
@@ -222,16 +228,17 @@ class BagelPipeline:
         return self._stream(inputs, chosen)
 
     def _stream(self, inputs: Sequence[Input], options: Options) -> Iterator[str]:
-        job = self._prepared([inputs], [options], "text")[0]
         writer = TextWriter(TextStream(self.parts.tokenizer), options.stop_strings)
         taken = 0
-        for (answer,) in decode_jobs(self.parts, [job], limit=options.text_limit):
-            for token in answer.ids[taken:]:
-                if piece := writer.push(token):
-                    yield piece
-            taken = len(answer.ids)
-            if writer.stopped:
-                return
+        with explain_out_of_memory("answering", way_out=LESS):
+            job = self._prepared([inputs], [options], "text")[0]
+            for (answer,) in decode_jobs(self.parts, [job], limit=options.text_limit):
+                for token in answer.ids[taken:]:
+                    if piece := writer.push(token):
+                        yield piece
+                taken = len(answer.ids)
+                if writer.stopped:
+                    return
         if piece := writer.flush():
             yield piece
 
@@ -249,11 +256,7 @@ class BagelPipeline:
             raise ValueError("there is nothing to do: the batch is empty")
         each = [given] if single else _one_by_one(given, len(batch))
         options = [make_options(task, output, values, preset=preset) for values in each]
-        with explain_out_of_memory(
-            f"working on {len(batch)} request(s)",
-            way_out="use fewer at a time, smaller pictures, fewer pictures among the inputs, a shorter text, "
-            "or dtype=torch.bfloat16",
-        ):
+        with explain_out_of_memory(f"working on {len(batch)} request(s)", way_out=LESS):
             jobs = self._prepared(batch, options, output)
             return self._answer(jobs) if output == "text" else self._draw(jobs)
 

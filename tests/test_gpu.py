@@ -77,5 +77,3 @@ def test_backends_agree_with_the_exact_reference(backend, causal, dtype):
 def test_float16_stays_finite_and_near_float32_on_the_gpu():
     pipe = BagelPipeline.from_pretrained(REFERENCE / "tiny" / "checkpoint", device="cuda", dtype=torch.float16)
     assert velocity_error(pipe, "tiny", "t2i_global") < LISTED["t2i_global"]
-
-

@@ -7,7 +7,6 @@ import json
 import pytest
 import torch
 from conftest import REFERENCE, assert_close, golden, load_model
-from PIL import Image
 from safetensors import safe_open
 
 from bagel.image import open_image, patch_positions, patchify, prepare_input
@@ -28,7 +27,10 @@ def test_timestep_embedding_agrees(variant, parts):
 
 def test_position_tables_agree_stored_and_computed(variant, parts):
     want = golden(variant, "components")
-    for module, name in ((parts.model.latent_pos_embed, "latent_pos_embed"), (parts.model.vit_pos_embed, "vit_pos_embed")):
+    for module, name in (
+        (parts.model.latent_pos_embed, "latent_pos_embed"),
+        (parts.model.vit_pos_embed, "vit_pos_embed"),
+    ):
         table = want[f"{name}.table"]
         assert torch.equal(module.table, table)
         side = int(table.shape[0] ** 0.5)
@@ -39,7 +41,9 @@ def test_connector_and_vit_positions_agree(variant, parts):
     want = golden(variant, "components")
     assert_close(parts.model.connector(want["vit.last_hidden"]), want["vit.connector"])
     assert_close(parts.model.vit_pos_embed(want["vit.position_ids"]), want["vit.pos_embed"])
-    tokens = parts.model.embed_patches(want["vit.patches"], want["vit.position_ids"], tuple(want["vit.seqlens"].tolist()))
+    tokens = parts.model.embed_patches(
+        want["vit.patches"], want["vit.position_ids"], tuple(want["vit.seqlens"].tolist())
+    )
     assert_close(tokens, want["vit.connector"] + want["vit.pos_embed"])
 
 
@@ -65,7 +69,7 @@ def segment(parts, variant: str, kind: str, what: str, posterior_noise):
     config, tokenizer = parts.model.config, parts.tokenizer
     if kind == "text":
         return Text(torch.tensor([tokenizer.bos_id, *tokenizer.encode(what), tokenizer.eos_id]))
-    picture = open_image(Image.open(REFERENCE / variant / "golden" / f"input_{what}.png"))
+    picture = open_image(REFERENCE / variant / "golden" / f"input_{what}.png")
     prepared = prepare_input(
         picture, vae_rule=config.vae_image_transform, vit_rule=config.vit_image_transform, patch_size=14
     )
@@ -122,4 +126,3 @@ def test_decoder_agrees_at_every_step_layer_and_in_its_cache(variant, parts):
     for number, found in enumerate(layers.in_order(packed.order)):
         assert_close(found, want[f"flow.layer{number}"])
     assert_close(model.velocity(hidden.gen), want["flow.v_t"])
-

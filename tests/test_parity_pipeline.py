@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 import torch
 from conftest import REFERENCE, VARIANTS, assert_close, golden, load_pipeline
-from PIL import Image
+
+from bagel.image import open_image
 
 NAMES = {"max_think_token_n": "max_new_tokens", "text_temperature": "temperature", "enable_taylorseer": "taylorseer"}
 
@@ -25,7 +26,7 @@ def load_case(variant: str, name: str):
     """Inputs, output, options and wanted numbers of a case; official limits count bos, ours do not."""
     case = json.loads((REFERENCE / variant / "golden" / "cases.json").read_text())["cases"][name]
     folder = REFERENCE / variant / "golden"
-    inputs = [Image.open(folder / f"input_{x['image']}.png") if "image" in x else x["text"] for x in case["inputs"]]
+    inputs = [open_image(folder / f"input_{x['image']}.png") if "image" in x else x["text"] for x in case["inputs"]]
     options = dict(case["args"], seed=case["seed"], progress=False)
     output = "text" if options.pop("understanding_output", False) else "image"
     if "max_think_token_n" in options:

@@ -11,7 +11,12 @@ from bagel.checkpoint import targets
 from bagel.image import patchify
 from bagel.packing import IGNORE, DroppedImage, Frames, LatentImage, Text, ViTImage, pack
 
-CASES = [("tiny", "train_step"), ("tiny", "train_step_mixed"), ("variant_moe", "train_step"), ("variant_moe", "train_step_mixed")]
+CASES = [
+    ("tiny", "train_step"),
+    ("tiny", "train_step_mixed"),
+    ("variant_moe", "train_step"),
+    ("variant_moe", "train_step_mixed"),
+]
 
 
 class Plan:
@@ -30,7 +35,9 @@ class Plan:
 
     def latent_images(self):
         want, row = self.want, 0
-        for latent, (height, width) in zip(want["padded_latent"], self.plan["patchified_vae_latent_shapes"], strict=True):
+        for latent, (height, width) in zip(
+            want["padded_latent"], self.plan["patchified_vae_latent_shapes"], strict=True
+        ):
             count = height * width
             rows = slice(row, row + count)
             row += count
@@ -49,7 +56,9 @@ class Plan:
         ids = torch.tensor([tokenizer.bos_id, *tokenizer.encode(text), tokenizer.eos_id])
         if not item["loss"]:
             return Text(ids)
-        labels = torch.cat([ids[1:], torch.tensor([item["special_token_label"] if item["special_token_loss"] else IGNORE])])
+        labels = torch.cat(
+            [ids[1:], torch.tensor([item["special_token_label"] if item["special_token_loss"] else IGNORE])]
+        )
         weights = torch.full(ids.shape, (len(ids) - 1) ** -0.5)
         weights[-1] = 1.0
         return Text(ids, labels, weights)

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from bagel.config import BagelConfig
 from bagel.modeling.cache import Context, KVCache
 from bagel.modeling.embeddings import Connector, PositionTable, TimestepEmbedder
-from bagel.modeling.mot import Decoder, Streams
+from bagel.modeling.mot import Attend, Decoder, Streams
 from bagel.modeling.plan import AttentionPlan, Sequence, plan_packed
 from bagel.packing import Packed
 from bagel.vit import SiglipViT
@@ -87,8 +87,11 @@ class Bagel(nn.Module):
         """Return latent tokens (n, H) of latents (n, P) at times (n,) in [0, 1]."""
         if not self.config.visual_gen:
             raise MissingHalfError("this model was built without its generating half: it cannot draw or edit")
-        projected = self.vae2llm(latents.to(self.dtype))
-        tokens = projected + self.time_embedder(timesteps) + self.latent_pos_embed(position_ids)
+        return self.latent_tokens(latents, self.time_embedder(timesteps), self.latent_pos_embed(position_ids))
+
+    def latent_tokens(self, latents: Tensor, times: Tensor, positions: Tensor) -> Tensor:
+        """Return latent tokens (n, H) from latents (n, P) and the embeddings of their times and positions."""
+        tokens = _linear_float32(latents, self.vae2llm) + times + positions
         return tokens.to(self.decoder.residual_dtype)
 
     def embed(self, packed: Packed) -> Streams:
@@ -104,7 +107,14 @@ class Bagel(nn.Module):
         gen = self.embed_latents(packed.latents, packed.latent_position_ids, packed.timesteps)
         return Streams(und, gen)
 
-    def forward(self, packed: Packed, contexts: list[Context] | None = None, *, attention: str = "sdpa") -> Streams:
+    def forward(
+        self,
+        packed: Packed,
+        contexts: list[Context] | None = None,
+        *,
+        attention: str = "sdpa",
+        attend: Attend | None = None,
+    ) -> Streams:
         """Run a packed batch, each sample on top of its context if there are any.
 
         Args:
@@ -112,13 +122,15 @@ class Bagel(nn.Module):
             contexts: one a sample; their caches receive the new keys and values, but their lengths stay: a clean
                 segment becomes part of a context by `prefill`.
             attention: backend, see `bagel.attention`.
+            attend: attention of the whole batch instead of one made here, sample by sample, with `attention`.
 
         Returns:
             Both streams (Tu, H), (Tg, H) as they leave the last layer, not yet normed.
         """
-        plan = plan_packed(packed, contexts=contexts, device=self.device, backend=attention)
+        if attend is None:
+            attend = plan_packed(packed, contexts=contexts, device=self.device, backend=attention)
         rotary = self.decoder.rotary(packed.und_positions), self.decoder.rotary(packed.gen_positions)
-        return self.decoder(self.embed(packed), rotary, plan)
+        return self.decoder(self.embed(packed), rotary, attend)
 
     def prefill(self, packed: Packed, contexts: list[Context], *, attention: str = "sdpa") -> Streams:
         """Append every sample to its context; same arguments and result as calling the model."""
@@ -146,14 +158,17 @@ class Bagel(nn.Module):
 
     def velocity(self, hidden: Tensor) -> Tensor:
         """Return float32 velocities (n, P) of gen tokens (n, H) as they leave the last layer."""
-        return self.llm2vae(self.decoder.norm_of_gen(hidden)).float()
+        return _linear_float32(self.decoder.norm_of_gen(hidden.float()), self.llm2vae)
 
-    def losses(self, packed: Packed, *, attention: str = "sdpa") -> Losses:
-        """Return the training losses of a packed batch (section 2.3 of the paper); differentiable."""
-        hidden = self(packed, attention=attention)
-        zero = hidden.und.new_zeros((), dtype=torch.float32)
-        ce, mse = zero.new_empty(0), zero.new_empty(0, packed.velocity.shape[1])
-        loss = zero
+    def losses(self, packed: Packed, *, attention: str = "sdpa", attend: Attend | None = None) -> Losses:
+        """Return the training losses of a packed batch (section 2.3 of the paper); differentiable.
+
+        Arguments as for calling the model, without contexts. Both experts take part in `loss` whatever the batch
+        holds, so that processes with different batches have gradients for the same parameters.
+        """
+        hidden = self(packed, attention=attention, attend=attend)
+        loss = 0 * (hidden.und.float().sum() + hidden.gen.float().sum())
+        ce, mse = loss.new_empty(0), loss.new_empty(0, packed.velocity.shape[1])
         if packed.labels.shape[0]:
             logits = self.decoder.logits(hidden.und[packed.label_rows])
             ce = F.cross_entropy(logits, packed.labels, reduction="none")
@@ -162,3 +177,11 @@ class Bagel(nn.Module):
             mse = (self.velocity(hidden.gen[packed.target_rows]) - packed.velocity).square()
             loss = loss + mse.mean()
         return Losses(loss=loss, ce=ce, mse=mse)
+
+
+def _linear_float32(x: Tensor, linear: nn.Linear) -> Tensor:
+    """Apply the narrow projections between latents and hidden states in float32.
+
+    They cost nothing, and rounding the flow's state and velocity to bfloat16 at every evaluation would show.
+    """
+    return F.linear(x.float(), linear.weight.float(), linear.bias.float())

@@ -95,8 +95,7 @@ class Denoiser:
         layout = self.layouts.get(active) or self._lay_out(active)
         tokens = {}
         for picture in dict.fromkeys(layout.pictures):
-            projected = model.vae2llm(latents[picture].to(model.dtype))
-            tokens[picture] = (projected + self.times[step] + self.tables[picture]).to(self.around.dtype)
+            tokens[picture] = model.latent_tokens(latents[picture], self.times[step], self.tables[picture])
         gen = [tokens[picture] for picture in layout.pictures]
         x = Streams(layout.und, gen[0] if len(gen) == 1 else torch.cat(gen))
         hidden = model.decoder(x, layout.rotary, layout.plan)

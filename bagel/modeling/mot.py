@@ -64,9 +64,7 @@ class Decoder(nn.Module):
         self.norm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.norm_gen = RMSNorm(config.hidden_size, eps=config.rms_norm_eps) if with_gen else None
         self.lm_head = (
-            None
-            if config.tie_word_embeddings
-            else nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+            None if config.tie_word_embeddings else nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         )
 
     @property
@@ -100,5 +98,5 @@ class Decoder(nn.Module):
         return nn.functional.linear(normed, head).float()
 
     def norm_of_gen(self, hidden: Tensor) -> Tensor:
-        """Return the final norm of gen tokens (T, H) as they leave the last layer."""
-        return (self.norm_gen or self.norm)(hidden).to(self.dtype)
+        """Return the final norm, in their own type, of gen tokens (T, H) as they leave the last layer."""
+        return (self.norm_gen or self.norm)(hidden)

@@ -63,7 +63,9 @@ class GuidedVelocity:
             v = velocity[picture.full]
             if guided and picture.text_dropped is not None:
                 dropped = picture.image_dropped
-                v = guide(v, velocity[picture.text_dropped], velocity[dropped] if dropped is not None else None, self.guidance)
+                v = guide(
+                    v, velocity[picture.text_dropped], velocity[dropped] if dropped is not None else None, self.guidance
+                )
             out.append(v)
         return out
 

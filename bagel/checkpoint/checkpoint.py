@@ -1,0 +1,198 @@
+"""A checkpoint folder, understood from its JSON files and the headers of its weights."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from bagel.checkpoint.autoencoder import check_shapes, resolve_vae_config
+from bagel.checkpoint.errors import CheckpointError
+from bagel.checkpoint.files import TensorFiles, find_autoencoder, read_single, read_weights
+from bagel.checkpoint.keys import official_shapes
+from bagel.checkpoint.load import load_autoencoder, load_model
+from bagel.checkpoint.measure import measure
+from bagel.checkpoint.resolve import Resolver
+from bagel.checkpoint.stated import StatedFiles, read_stated
+from bagel.config import BagelConfig
+from bagel.modeling import Bagel
+from bagel.vae import Autoencoder
+
+TOKENIZER_FILES = ("vocab.json", "tokenizer.json")
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """One checkpoint, opened but not read: only JSON files and safetensors headers.
+
+    Attributes:
+        folder: where it lies.
+        config: what will be built; halves that are missing or were left out are off.
+        weights: the model's files and every tensor's shape and dtype.
+        vae: the autoencoder's file, None without a generating half.
+        tokenizer_home: the folder whose tokenizer belongs to it, None if there is none; see `tokenizer_folder`.
+        notes: where its files disagree and which one was followed, a sentence each.
+        lacks: what it cannot do, a sentence each.
+    """
+
+    folder: Path
+    config: BagelConfig
+    weights: TensorFiles
+    vae: TensorFiles | None
+    tokenizer_home: Path | None
+    notes: tuple[str, ...]
+    lacks: tuple[str, ...]
+
+    @property
+    def vae_file(self) -> Path | None:
+        """The autoencoder's file, None without a generating half."""
+        return self.vae.files[0] if self.vae else None
+
+    @property
+    def tokenizer_folder(self) -> Path:
+        """The folder to read the tokenizer from; raises CheckpointError if neither folder nor base has one."""
+        if self.tokenizer_home is None:
+            raise CheckpointError(
+                f"{self.folder} has no tokenizer (vocab.json with merges.txt and tokenizer_config.json): "
+                "copy these files from the model it was trained from, or name a folder that has them with base=..."
+            )
+        return self.tokenizer_home
+
+    @classmethod
+    def open(
+        cls,
+        folder: str | Path,
+        *,
+        base: str | Path | None = None,
+        weights: str | None = None,
+        visual_gen: bool | None = None,
+        visual_und: bool | None = None,
+    ) -> Checkpoint:
+        """Read what a folder says about itself and check every key, shape and dtype of its weights.
+
+        Args:
+            folder: a checkpoint in the official layout.
+            base: another folder that supplies what is missing here: JSON files, tokenizer, autoencoder.
+            weights: name of the weights file in `folder`; None takes the first known one.
+            visual_gen: False leaves out the generating half, True demands it, None takes what there is.
+            visual_und: the same for the vision half.
+
+        Raises:
+            CheckpointError: for anything missing, unknown, damaged, contradictory or unsupported.
+        """
+        place = _folder(folder)
+        base_place = None if base is None else _folder(base)
+        stated = read_stated(place, base_place)
+        found = read_weights(place, weights)
+        measured = measure(found.shapes)
+        resolver = Resolver(measured, stated, list(stated.notes))
+        vae_file = find_autoencoder(*filter(None, (place, base_place)))
+        vae = read_single(vae_file) if vae_file and measured.has_gen and visual_gen is not False else None
+        vae_config, vae_notes = resolve_vae_config(vae, stated.model.part("vae_config")) if vae else (None, ())
+        whole = resolver.config(vae_config, weights_name=found.files[0].name)
+        _check_weights(found, whole, stated, idle_gen=not whole.visual_gen)
+        config, lacks = _choose_halves(place, whole, visual_gen, visual_und)
+        if config.visual_gen and vae is None:
+            raise CheckpointError(
+                f"{place} has no ae.safetensors, the autoencoder that drawing and editing need: fetch it from the "
+                "checkpoint's source, name a folder that has it with base=..., or pass visual_gen=False to go without"
+            )
+        return cls(
+            folder=place,
+            config=config,
+            weights=found,
+            vae=vae if config.visual_gen else None,
+            tokenizer_home=_tokenizer_home(place, base_place),
+            notes=(*resolver.notes, *(vae_notes if config.visual_gen else ())),
+            lacks=lacks,
+        )
+
+    def load(
+        self,
+        model: Bagel,
+        vae: Autoencoder | None = None,
+        *,
+        device: torch.device | str = "cpu",
+        dtype: torch.dtype | None = None,
+        vae_dtype: torch.dtype | None = None,
+    ) -> None:
+        """Fill a model and an autoencoder that were built on the meta device, tensor by tensor, where they shall live.
+
+        Beyond the weights' destination this takes less than 1 GiB of host memory. The sin-cos tables keep the dtype
+        they are stored in.
+
+        Args:
+            model: `Bagel(checkpoint.config)` built under `torch.device("meta")`.
+            vae: `Autoencoder(checkpoint.config.vae_config)` built alike; None leaves the autoencoder unread.
+            device: where the weights go.
+            dtype: floating-point type of the model's weights; None keeps the stored ones.
+            vae_dtype: the same for the autoencoder.
+
+        Raises:
+            CheckpointError: for a file that is damaged or changed since `open`, weights that are NaN or infinite, a
+                model of another configuration.
+            MemoryError: the device has too little free; says how much it takes.
+        """
+        if vae is not None and self.vae is None:
+            raise CheckpointError(f"{self.folder} was opened without an autoencoder: pass vae=None")
+        load_model(model, self.weights, self.config, device=torch.device(device), dtype=dtype)
+        if vae is not None and self.vae is not None:
+            load_autoencoder(vae, self.vae, device=torch.device(device), dtype=vae_dtype)
+
+
+def _folder(source: str | Path) -> Path:
+    place = Path(source).expanduser()
+    if not place.is_dir():
+        what = "is a file; name the folder that holds it" if place.is_file() else "does not exist"
+        raise CheckpointError(f"{place} {what}")
+    return place
+
+
+def _check_weights(found: TensorFiles, config: BagelConfig, stated: StatedFiles, *, idle_gen: bool) -> None:
+    wanted = official_shapes(config)
+    if idle_gen:
+        # Idle gen experts of an understanding-only run: known tensors, of the right shape or not, that are not read.
+        known = official_shapes(dataclasses.replace(config, visual_gen=True))
+        wanted |= {key: found.entries[key].shape for key in known if key in found.entries}
+    hints = []
+    for part in (stated.decoder, stated.vit):
+        layers = part.integer("num_hidden_layers")
+        if layers is not None:
+            hints.append(f"{layers[1]} says {layers[0]} layers")
+    check_shapes(found, wanted, "; ".join(hints))
+
+
+def _choose_halves(
+    place: Path, whole: BagelConfig, visual_gen: bool | None, visual_und: bool | None
+) -> tuple[BagelConfig, tuple[str, ...]]:
+    lacks: list[str] = []
+    for asked, there, name, half, cannot in (
+        (visual_gen, whole.visual_gen, "visual_gen", "generating", "it cannot draw or edit pictures"),
+        (
+            visual_und,
+            whole.visual_und,
+            "visual_und",
+            "vision",
+            "it cannot see pictures, so not edit them either",
+        ),
+    ):
+        if asked and not there:
+            raise CheckpointError(f"{name}=True, but {place} has no {half} half: {cannot}")
+        if not there:
+            lacks.append(f"this checkpoint has no {half} half: {cannot}")
+        elif asked is False:
+            lacks.append(f"the {half} half was left out ({name}=False): {cannot}")
+    if visual_gen is False and whole.visual_gen:
+        whole = dataclasses.replace(whole, visual_gen=False, vae_config=None)
+    if visual_und is False and whole.visual_und:
+        whole = dataclasses.replace(whole, visual_und=False, vit_config=None)
+    return whole, tuple(lacks)
+
+
+def _tokenizer_home(place: Path, base: Path | None) -> Path | None:
+    for candidate in filter(None, (place, base)):
+        if any((candidate / name).is_file() for name in TOKENIZER_FILES) or any(candidate.glob("*.model")):
+            return candidate
+    return None

@@ -1,0 +1,91 @@
+"""Pictures on disk: PNG files that carry how they were made, written whole or not at all, never over another file."""
+
+from __future__ import annotations
+
+import os
+import re
+import secrets
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+
+from PIL import Image
+from PIL.PngImagePlugin import PngInfo
+
+
+def save_png(image: Image.Image, path: str | Path, info: Mapping[str, str], *, overwrite: bool = False) -> Path:
+    """Write a picture as PNG with text entries and return its path.
+
+    Args:
+        image: the picture.
+        path: the file; its folder must exist.
+        info: keyword to text, any unicode, readable with `read_info` and with most picture viewers.
+        overwrite: replace a file that is there already.
+
+    Raises:
+        FileExistsError: the file exists and `overwrite` is false.
+        OSError: the folder cannot be written to.
+    """
+    path = Path(path)
+    with _written(image, info, beside=path) as part:
+        _rename(part, path, overwrite=overwrite)
+    return path
+
+
+def save_numbered_png(image: Image.Image, folder: str | Path, stem: str, info: Mapping[str, str]) -> Path:
+    """Write a picture as `folder/stem-0001.png`, or under the number after the highest that is there.
+
+    Two programs may fill one folder at once: each number is taken by one of them only. Arguments and errors otherwise
+    as for `save_png`.
+    """
+    folder = Path(folder)
+    with _written(image, info, beside=folder / stem) as part:
+        number = _highest(folder, stem) + 1
+        while True:
+            path = folder / f"{stem}-{number:04}.png"
+            try:
+                _rename(part, path, overwrite=False)
+            except FileExistsError:
+                number += 1
+            else:
+                return path
+
+
+def read_info(path: str | Path) -> dict[str, str]:
+    """Return the text entries of a PNG file, {} where it has none."""
+    with Image.open(path) as image:
+        image.load()  # entries may stand behind the pixels
+        return {key: str(text) for key, text in getattr(image, "text", {}).items()}
+
+
+@contextmanager
+def _written(image: Image.Image, info: Mapping[str, str], *, beside: Path) -> Iterator[Path]:
+    """Write the whole picture under a temporary name in the folder of `beside`; gone at the end unless renamed."""
+    chunks = PngInfo()
+    for key, text in info.items():
+        chunks.add_itxt(key, text)
+    part = beside.with_name(f".{beside.name}.{secrets.token_hex(8)}.part")
+    try:
+        with part.open("xb") as file:
+            image.save(file, format="PNG", pnginfo=chunks)
+        yield part
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def _rename(part: Path, path: Path, *, overwrite: bool) -> None:
+    """Give a finished file its name, which is claimed first so that a file made meanwhile is not lost."""
+    if not overwrite:
+        os.close(os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY))
+    try:
+        os.replace(part, path)
+    except BaseException:
+        if not overwrite:
+            path.unlink(missing_ok=True)
+        raise
+
+
+def _highest(folder: Path, stem: str) -> int:
+    numbered = re.compile(re.escape(stem) + r"-(\d+)\.png")
+    found = [numbered.fullmatch(path.name) for path in folder.iterdir()]
+    return max((int(match[1]) for match in found if match), default=0)

@@ -115,7 +115,11 @@ def write_texts(parts: Parts, jobs: Sequence[Job], *, limit: int, stop: Sequence
             taken[i] = len(answer.ids)
             if writer.stopped:
                 answer.finish_reason = "stop"
-    return [(text + w.flush(), answer) for text, w, answer in zip(texts, writers, answers, strict=True)]
+    for i, (answer, writer) in enumerate(zip(answers, writers, strict=True)):
+        texts[i] += writer.flush()
+        if writer.stopped:
+            answer.finish_reason = "stop"
+    return list(zip(texts, answers, strict=True))
 
 
 def decode_jobs(parts: Parts, jobs: Sequence[Job], *, limit: int) -> Iterator[list[Answer]]:

@@ -14,7 +14,7 @@ from bagel.contexts import GuidanceContexts, copied, extend
 from bagel.image import to_image, unpatchify
 from bagel.inputs import Job, Parts
 from bagel.modeling import Branch, Context, Denoiser
-from bagel.sampling import FlowStep, Guidance, GuidedVelocity, PictureBranches, euler, flow_timesteps
+from bagel.sampling import FlowStep, Guidance, GuidedVelocity, PictureBranches, euler
 
 
 def draw(parts: Parts, jobs: Sequence[Job]) -> list[tuple[Image.Image, Tensor]]:
@@ -29,7 +29,7 @@ def draw(parts: Parts, jobs: Sequence[Job]) -> list[tuple[Image.Image, Tensor]]:
 def plan_flow(parts: Parts, jobs: Sequence[Job]) -> tuple[GuidedVelocity, Tensor]:
     """Return the guided velocity of all jobs' pictures on their prefilled contexts, and the times of the flow."""
     options = jobs[0].options
-    timesteps = flow_timesteps(options.num_timesteps, shift=options.timestep_shift)
+    timesteps = options.timesteps
     branches, pictures = _branches(parts, jobs, options.guidance)
     denoiser = Denoiser(
         parts.model,

@@ -49,12 +49,21 @@ class Parts:
         return self.vae
 
     def latent_cells(self, height: int, width: int) -> Tensor:
-        """Return the position cells (n,) of the latent tokens of a picture of this size in pixels."""
+        """Return the position cells (n,) of the latent tokens of a picture of this size in pixels.
+
+        Raises:
+            ValueError: a side longer than the position table, naming both and the cure.
+        """
         config = self.model.config
-        side = config.latent_downsample
-        return patch_positions(
-            height // side, width // side, config.max_latent_size, interpolate=config.interpolate_pos
-        )
+        step = config.latent_downsample
+        limit = config.max_latent_size * step
+        if not config.interpolate_pos and max(height, width) > limit:
+            raise ValueError(
+                f"a picture of {height}x{width} pixels does not fit this model's table of latent positions: "
+                f"make each side at most {limit} pixels"
+            )
+        rows, cols = height // step, width // step
+        return patch_positions(rows, cols, config.max_latent_size, interpolate=config.interpolate_pos)
 
     def text(self, text: str, *, allow_special: bool = True) -> Text:
         """Return a text segment: bos, ids, eos. There is no chat template and there are no role names."""

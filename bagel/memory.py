@@ -19,7 +19,10 @@ def explain_out_of_memory(doing: str, *, way_out: str) -> Iterator[None]:
         yield
     except torch.OutOfMemoryError as error:
         raise NotEnoughMemoryError(f"out of GPU memory while {doing}: {way_out}") from error
-    except (RuntimeError, MemoryError) as error:
-        if isinstance(error, MemoryError) or "not enough memory" in str(error) or "can't allocate" in str(error):
-            raise NotEnoughMemoryError(f"out of memory while {doing}: {way_out}") from error
-        raise
+    except MemoryError as error:
+        known = f" ({error})" if str(error) else ""
+        raise NotEnoughMemoryError(f"out of memory while {doing}{known}: {way_out}") from error
+    except RuntimeError as error:
+        if "not enough memory" not in str(error) and "can't allocate" not in str(error):
+            raise
+        raise NotEnoughMemoryError(f"out of memory while {doing}: {way_out}") from error

@@ -11,7 +11,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from bagel.sampling import FlowStep, Guidance, TextSampling
+from bagel.sampling import FlowStep, Guidance, TextSampling, flow_timesteps
 
 Output = Literal["text", "image"]
 
@@ -107,7 +107,7 @@ class Options:
     progress: bool = True
 
     def __post_init__(self) -> None:
-        _ = self.guidance, self.sampling  # their own checks
+        _ = self.guidance, self.sampling, self.timesteps  # their own checks
         for name in ("max_think_tokens", "max_new_tokens"):
             value = getattr(self, name)
             if value is not None and (not isinstance(value, int) or value < 1):
@@ -134,6 +134,11 @@ class Options:
             cfg_renorm_type=self.cfg_renorm_type,
             cfg_renorm_min=self.cfg_renorm_min,
         )
+
+    @property
+    def timesteps(self) -> Tensor:
+        """The times of the flow; see `bagel.sampling.flow_timesteps`."""
+        return flow_timesteps(self.num_timesteps, shift=self.timestep_shift)
 
     @property
     def sampling(self) -> TextSampling:

@@ -207,20 +207,37 @@ class BagelPipeline:
             TypeError, ValueError: an unknown option, a value out of range, an input that cannot be used.
             NotEnoughMemoryError: what was asked does not fit.
         """
-        return self.generate_batch([inputs], output=output, preset=preset, **options)[0]
+        return self._generate([inputs], output, preset, options, single=True)[0]
 
     def generate_batch(
         self, batch: Sequence[Sequence[Input]], *, output: Output = "image", preset: str | None = None, **options: Any
     ) -> list[Any]:
         """Generate from several inputs at once, one seed each; the results are those of one call at a time."""
+        return self._generate(batch, output, preset, options)
+
+    def _generate(
+        self,
+        batch: Sequence[Sequence[Input]],
+        output: Output,
+        preset: str | None,
+        options: dict[str, Any],
+        *,
+        single: bool = False,
+    ) -> list[Any]:
         if output not in ("text", "image"):
             raise ValueError(f'output must be "text" or "image", got {output!r}')
         for inputs in batch:
             if isinstance(inputs, str | Image.Image):
                 raise TypeError(f"the inputs must be a list of texts and pictures, got {type(inputs).__name__}")
-        pictures = any(isinstance(piece, Image.Image) for inputs in batch for piece in inputs)
+        shown = [any(isinstance(piece, Image.Image) for piece in inputs) for inputs in batch]
+        pictures = any(shown)
+        if output == "image" and pictures and not all(shown):
+            raise ValueError(
+                "a batch shares its guidance, whose defaults differ between drawing and editing: "
+                "draw requests with and without pictures in separate calls"
+            )
         task = "understand" if output == "text" else "edit" if pictures else "text_to_image"
-        return self._run(batch, task, output, preset, options, single=len(batch) == 1)
+        return self._run(batch, task, output, preset, options, single=single)
 
     def stream(self, inputs: Sequence[Input], *, preset: str | None = None, **options: Any) -> Iterator[str]:
         """Yield the text that `generate(..., output="text")` would return, as it is decoded, in whole characters."""

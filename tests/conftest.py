@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from functools import lru_cache
 from pathlib import Path
 
@@ -15,7 +16,8 @@ from bagel import BagelPipeline
 REFERENCE = Path(__file__).parent / "reference"
 VARIANTS = ("tiny", "variant_moe")
 
-torch.set_num_threads(2)
+if "PYTEST_XDIST_WORKER" not in os.environ:  # workers share the cores: one thread each, see the Makefile
+    torch.set_num_threads(2)
 
 
 def golden(variant: str, name: str) -> dict[str, torch.Tensor]:

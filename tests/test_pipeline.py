@@ -137,6 +137,12 @@ def test_system_prompt_of_thinking_is_the_documented_one(pipe):
     assert torch.equal(given.latents, wanted.latents)
 
 
+def test_batch_of_one_is_still_a_batch(pipe):
+    wanted = pipe.text_to_image("a red circle", seed=5, **SMALL)
+    (found,) = pipe.generate_batch([["a red circle"]], seed=[5], **SMALL)
+    assert torch.equal(found.latents, wanted.latents)
+
+
 def test_shortcuts_are_generate(pipe):
     image = picture()
     assert torch.equal(
@@ -225,7 +231,7 @@ def test_benchmark_resize_sees_other_pixels(pipe):
 
 REFUSED = [
     (ValueError, "multiple of 16.*nearest is 96", {"height": 100, "width": 64}),
-    (ValueError, "position table of 16x16", {"height": 64, "width": 272}),
+    (ValueError, "64x272 pixels does not fit .* at most 256 pixels", {"height": 64, "width": 272}),
     (ValueError, "multiple of 16", {"height": -16, "width": 64}),
     (ValueError, "num_timesteps must be at least 2", {"num_timesteps": 1}),
     (ValueError, "timestep_shift must be positive", {"timestep_shift": 0.0}),
@@ -259,6 +265,8 @@ def test_bad_inputs_are_refused(pipe):
         pipe.text_to_image(["a", "b"], seed=[1], **SMALL)
     with pytest.raises(ValueError, match="a single one"):
         pipe.text_to_image(["a", "b"], seed=1, **SMALL)
+    with pytest.raises(ValueError, match="with and without pictures in separate calls"):
+        pipe.generate_batch([["a"], [picture(), "a"]], seed=[1, 2], **SMALL)
     with pytest.raises(ValueError, match="2 texts needs 2 pictures"):
         pipe.edit([picture()], ["a", "b"])
     with pytest.raises(ValueError, match="one tensor for each of 1 input pictures, got 2"):

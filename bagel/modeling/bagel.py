@@ -133,7 +133,11 @@ class Bagel(nn.Module):
         return self.decoder(self.embed(packed), rotary, attend)
 
     def prefill(self, packed: Packed, contexts: list[Context], *, attention: str = "sdpa") -> Streams:
-        """Append every sample to its context; same arguments and result as calling the model."""
+        """Append every sample to its context; same arguments and result as calling the model.
+
+        A sample of several segments is kept as [und tokens | gen tokens]; so only where one `prefill` ends and the
+        next begins is a shorter view of the context a prefix of the sequence.
+        """
         hidden = self(packed, contexts, attention=attention)
         for context, sample, position in zip(contexts, packed.samples, packed.next_positions, strict=True):
             context.length += len(sample)

@@ -1,0 +1,51 @@
+"""What the commands that run a model share: their options checked early, the model loaded, pictures opened."""
+
+from __future__ import annotations
+
+import sys
+from argparse import Namespace
+from collections.abc import Sequence
+
+from PIL import Image
+
+from bagel.attention import check_backend
+from bagel.cli.arguments import given_options
+from bagel.cli.errors import UsageError
+from bagel.image import open_image
+from bagel.loading import choose_device, choose_dtype
+from bagel.options import Options, Output, make_options
+from bagel.pipeline import BagelPipeline
+
+
+def check_options(args: Namespace, task: str, output: Output) -> Options:
+    """Return the options of a task as typed, checked before anything slow begins.
+
+    Raises:
+        UsageError: a value that the pipeline would refuse.
+    """
+    try:
+        check_backend(args.attention)
+        choose_dtype(args.dtype, choose_device(args.device))
+        return make_options(task, output, given_options(args), preset=args.preset)
+    except (ValueError, TypeError, RuntimeError) as error:  # RuntimeError: torch does not know the device
+        raise UsageError(str(error)) from error
+
+
+def open_images(paths: Sequence[str]) -> list[Image.Image]:
+    """Return the pictures, upright and RGB."""
+    return [open_image(path) for path in paths]
+
+
+def load(args: Namespace, *, draws: bool) -> BagelPipeline:
+    """Return the model that was asked for, without its generating half if it need not draw."""
+    print(f"loading {args.model}", file=sys.stderr)
+    return BagelPipeline.from_pretrained(
+        args.model,
+        device=args.device,
+        dtype=args.dtype,
+        attention=args.attention,
+        base=args.base,
+        weights=args.weights,
+        revision=args.revision,
+        visual_gen=None if draws else False,
+    )

@@ -1,0 +1,69 @@
+"""Short motions: one shape on a straight line at constant speed, inside the picture from first to last frame."""
+
+from __future__ import annotations
+
+import math
+import random
+from dataclasses import dataclass
+
+from PIL import Image
+
+from bagel.evaluation.render import REACH, Point, render
+from bagel.evaluation.scene import BACKGROUNDS, SIZES, SPLITS, Scene, random_shape, split_of
+
+FRAMES = 7
+SPEEDS = (0.03, 0.085)  # fractions of the side a frame
+DIRECTIONS = {
+    "right": (1, 0),
+    "left": (-1, 0),
+    "up": (0, -1),
+    "down": (0, 1),
+    "up and right": (1, -1),
+    "up and left": (-1, -1),
+    "down and right": (1, 1),
+    "down and left": (-1, 1),
+}
+
+
+@dataclass(frozen=True)
+class Motion:
+    """Move the one shape of a scene: `start` and `velocity` (a frame) in fractions of the side, x right and y down.
+
+    The shape's named place (always the center) plays no part in where it is drawn.
+    """
+
+    scene: Scene
+    direction: str
+    start: Point
+    velocity: Point
+
+    def centers(self, frames: int = FRAMES) -> list[Point]:
+        """Centre (x, y) at each frame, in fractions of the side."""
+        (x, y), (dx, dy) = self.start, self.velocity
+        return [(x + i * dx, y + i * dy) for i in range(frames)]
+
+    def frames(self, *, side: int = 64) -> list[Image.Image]:
+        """Pictures of the motion, `FRAMES` of them."""
+        return [render(self.scene, side=side, centers=[center]) for center in self.centers()]
+
+
+def random_motion(rng: random.Random, *, split: str = "train") -> Motion:
+    """Draw a motion from a split; colour, kind, size, background and direction together decide the split.
+
+    Raises ValueError for a split that does not exist.
+    """
+    if split not in SPLITS:
+        raise ValueError(f"split must be one of {', '.join(SPLITS)}, got {split!r}")
+    while True:
+        shape = random_shape(rng, "center")
+        scene = Scene((shape,), rng.choice(tuple(BACKGROUNDS)))
+        direction = rng.choice(tuple(DIRECTIONS))
+        if split_of(scene, direction) == split:
+            break
+    step = DIRECTIONS[direction]
+    speed = rng.uniform(*SPEEDS) / math.hypot(*step)
+    velocity = (speed * step[0], speed * step[1])
+    margin = REACH * SIZES[scene.objects[0].size] + 0.01
+    travel = [(FRAMES - 1) * v for v in velocity]
+    start = [rng.uniform(margin - min(t, 0), 1 - margin - max(t, 0)) for t in travel]
+    return Motion(scene=scene, direction=direction, start=(start[0], start[1]), velocity=velocity)

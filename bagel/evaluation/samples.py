@@ -1,0 +1,152 @@
+"""Examples of every task of the shapes world, for training and for evaluation alike."""
+
+from __future__ import annotations
+
+import random
+from dataclasses import dataclass
+
+from PIL import Image
+
+from bagel.evaluation.edits import CHANGES, edit
+from bagel.evaluation.language import ATTRIBUTES, WORDINGS, Caption, caption, full_caption, noun_phrase, with_article
+from bagel.evaluation.motion import Motion, random_motion
+from bagel.evaluation.plans import plan
+from bagel.evaluation.questions import CAPTION_REQUESTS, TOPICS, ask
+from bagel.evaluation.render import render
+from bagel.evaluation.scene import Scene, random_scene, split_of
+
+TASKS = ("t2i1", "t2i2", "t2i3", "caption", "qa", "edit", "think", "video")
+
+# What `sample` may be asked for in particular: a wording, a topic, a change or a kind of plan.
+DETAILS = {
+    **{f"t2i{count}": wordings for count, wordings in WORDINGS.items()},
+    **{"qa": TOPICS, "edit": CHANGES, "think": ("indirect", "clear")},
+}
+
+Part = str | Image.Image
+
+
+@dataclass(frozen=True)
+class Example:
+    """Hold what a model is given (`inputs`) and should give (`outputs`), texts and RGB pictures in order.
+
+    `scenes`: what the pictures show (before and after, for an edit). `stated`: the attributes that the inputs fix, on
+    which a drawn picture is judged. `detail`: which of `DETAILS[task]` it is (a video's direction).
+    `motion`: the line of a video's shape.
+
+    | task | inputs | outputs |
+    |---|---|---|
+    | t2i1, t2i2, t2i3 | caption | picture |
+    | caption, qa | picture, question | answer |
+    | edit | picture, instruction | picture |
+    | think | prompt | plan, picture |
+    | video | caption | 7 frames |
+    """
+
+    task: str
+    inputs: tuple[Part, ...]
+    outputs: tuple[Part, ...]
+    scenes: tuple[Scene, ...]
+    stated: frozenset[str] = frozenset()
+    detail: str = ""
+    motion: Motion | None = None
+
+
+def _random_count(rng: random.Random) -> int:
+    return rng.choice((1, 2, 3))
+
+
+def _text_to_image(rng: random.Random, task: str, split: str, side: int, detail: str | None) -> Example:
+    count = int(task[-1])
+    wording = detail or rng.choice(WORDINGS[count])
+    scene = random_scene(rng, objects=count, split=split)
+    while wording == "relation" and len({shape.pair for shape in scene.objects}) == 1:
+        scene = random_scene(rng, objects=count, split=split)
+    words = caption(rng, scene, wording=wording)
+    return Example(task, (words.text,), (render(scene, side=side),), (scene,), words.stated, wording)
+
+
+def _caption(rng: random.Random, task: str, split: str, side: int, detail: str | None) -> Example:
+    scene = random_scene(rng, objects=_random_count(rng), split=split)
+    return Example(task, (render(scene, side=side), rng.choice(CAPTION_REQUESTS)), (full_caption(scene),), (scene,))
+
+
+def _question(rng: random.Random, task: str, split: str, side: int, detail: str | None) -> Example:
+    while True:
+        scene = random_scene(rng, objects=_random_count(rng), split=split)
+        question = ask(rng, scene, about=detail)
+        if question is not None:
+            inputs = (render(scene, side=side), question.text)
+            return Example(task, inputs, (question.answer,), (scene,), detail=question.about)
+
+
+def _edit(rng: random.Random, task: str, split: str, side: int, detail: str | None) -> Example:
+    change = detail or rng.choice(CHANGES)
+    counts = {"add": (1, 2), "remove": (2, 3)}.get(change, (1, 2, 3))
+    while True:
+        done = edit(rng, random_scene(rng, objects=rng.choice(counts), split=split), change=change)
+        if split_of(done.after) == split:
+            break
+    before, after = (render(scene, side=side) for scene in (done.before, done.after))
+    stated = frozenset(ATTRIBUTES) - {"relation"}
+    return Example(task, (before, done.instruction), (after,), (done.before, done.after), stated, change)
+
+
+def _think(rng: random.Random, task: str, split: str, side: int, detail: str | None) -> Example:
+    while True:
+        scene = random_scene(rng, objects=_random_count(rng), split=split)
+        if len(scene.objects) == 3 and len({shape.pair for shape in scene.objects}) > 1:
+            continue  # three shapes come in number riddles only: their full captions leave no room for a plan
+        made = plan(rng, scene)
+        kind = "indirect" if made.indirect else "clear"
+        if detail in (None, kind):
+            outputs = (made.text, render(scene, side=side))
+            return Example(task, (made.prompt,), outputs, (scene,), made.stated, kind)
+
+
+def motion_caption(rng: random.Random, motion: Motion) -> Caption:
+    """Say what moves where: "a small red circle moves up and left on a white background"."""
+    (shape,) = motion.scene.objects
+    stated = {"count", "color", "kind"} | {name for name in ("size", "background") if rng.random() < 0.5}
+    text = f"{with_article(noun_phrase(shape, stated))} moves {motion.direction}"
+    if "background" in stated:
+        text += f" on a {motion.scene.background} background"
+    return Caption(text, frozenset(stated))
+
+
+def _video(rng: random.Random, task: str, split: str, side: int, detail: str | None) -> Example:
+    motion = random_motion(rng, split=split)
+    words = motion_caption(rng, motion)
+    frames = tuple(motion.frames(side=side))
+    return Example(task, (words.text,), frames, (motion.scene,), words.stated, motion.direction, motion)
+
+
+_MAKE = {
+    **dict.fromkeys(("t2i1", "t2i2", "t2i3"), _text_to_image),
+    **{"caption": _caption, "qa": _question, "edit": _edit, "think": _think, "video": _video},
+}
+
+
+def sample(
+    rng: random.Random, task: str, split: str = "train", *, side: int = 64, detail: str | None = None
+) -> Example:
+    """Draw one example of a task from a split; the same seed gives the same example.
+
+    `detail` asks for one of `DETAILS[task]`; any by default. An edit's scenes before and after are both of the split.
+    Raises ValueError for a task, split or detail that does not exist.
+    """
+    if task not in _MAKE:
+        raise ValueError(f"task must be one of {', '.join(TASKS)}, got {task!r}")
+    if detail is not None and detail not in DETAILS.get(task, ()):
+        raise ValueError(f"detail of task {task} must be one of {', '.join(DETAILS.get(task, ()))}, got {detail!r}")
+    return _MAKE[task](rng, task, split, side, detail)
+
+
+def all_texts_sample(rng: random.Random, n: int) -> list[str]:
+    """Draw at least `n` texts from all tasks and splits, to train a tokenizer on."""
+    texts: list[str] = []
+    while len(texts) < n:
+        for task in TASKS:
+            example = sample(rng, task, rng.choice(("train", "held_out", "new_pairs")), side=16)
+            texts += [part for part in (*example.inputs, *example.outputs) if isinstance(part, str)]
+    return texts

@@ -1,0 +1,104 @@
+"""A small random model whose sizes are all different, and segments for it: for laws that need no reference numbers."""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from bagel.config import LAYER_MODULES, BagelConfig, DecoderConfig, VAEConfig, ViTConfig
+from bagel.modeling import Bagel
+from bagel.packing import LatentImage, Packed, Text, ViTImage, pack
+
+MOT, MOE, DENSE = LAYER_MODULES
+VOCAB = 448
+IMAGE_TOKENS = (445, 446)
+
+
+def small_config(
+    layer_module: str = MOT, *, visual_gen: bool = True, visual_und: bool = True, **decoder
+) -> BagelConfig:
+    """Hidden 48 in 6 query and 2 key/value heads of 8; patches of 12 values, latents of 20; grids of 6 and 9."""
+    sizes: dict[str, Any] = dict(
+        hidden_size=48,
+        intermediate_size=40,
+        num_hidden_layers=3,
+        num_attention_heads=6,
+        num_key_value_heads=2,
+        vocab_size=VOCAB,
+        rope_theta=1e4,
+        layer_module=layer_module,
+    )
+    return BagelConfig(
+        llm_config=DecoderConfig(**(sizes | decoder)),
+        vit_config=ViTConfig(
+            hidden_size=24,
+            intermediate_size=20,
+            num_hidden_layers=3,
+            num_attention_heads=3,
+            image_size=12,
+            patch_size=2,
+        ),
+        vae_config=VAEConfig(z_channels=5),
+        visual_gen=visual_gen,
+        visual_und=visual_und,
+        max_latent_size=9,
+        vit_max_num_patch_per_side=6,
+    )
+
+
+@torch.no_grad()
+def randomise(module: nn.Module, *, seed: int = 0) -> None:
+    """Give every parameter a random value of healthy scale, biases and norms too."""
+    generator = torch.Generator().manual_seed(seed)
+    for name, parameter in module.named_parameters():
+        value = torch.randn(parameter.shape, generator=generator)
+        if name.endswith("embedding.weight") or "embed_tokens" in name:
+            parameter.copy_(value)
+        elif parameter.ndim == 2:
+            parameter.copy_(1.5 * value / parameter.shape[1] ** 0.5)
+        else:
+            parameter.copy_(0.3 * value + ("norm" in name and name.endswith("weight")))
+
+
+def new_model(layer_module: str = MOT, *, seed: int = 0, **config) -> Bagel:
+    """A small random model of its own, to be changed."""
+    model = Bagel(small_config(layer_module, **config))
+    randomise(model, seed=seed)
+    return model.eval().requires_grad_(False)
+
+
+@lru_cache
+def small_model(layer_module: str = MOT) -> Bagel:
+    """The small random model; tests must not change it."""
+    return new_model(layer_module)
+
+
+def text(count: int, *, seed: int = 0) -> Text:
+    """A text of random ids."""
+    return Text(torch.randint(0, 440, (count,), generator=torch.Generator().manual_seed(seed)))
+
+
+def vit(count: int, *, seed: int = 0) -> ViTImage:
+    """A picture of random patches in random cells."""
+    generator = torch.Generator().manual_seed(seed)
+    return ViTImage(torch.randn(count, 12, generator=generator), torch.randperm(36, generator=generator)[:count])
+
+
+def latents(count: int, *, seed: int = 0, **options) -> LatentImage:
+    """A picture of random latents in random cells."""
+    generator = torch.Generator().manual_seed(seed)
+    cells = torch.randperm(81, generator=generator)[:count]
+    return LatentImage(torch.randn(count, 20, generator=generator), cells, **options)
+
+
+def packed_of(*samples, **options) -> Packed:
+    """Pack for the small model."""
+    return pack(samples, image_tokens=IMAGE_TOKENS, **options)
+
+
+def in_order(packed: Packed, hidden: tuple[Tensor, Tensor]) -> Tensor:
+    """Both streams as one sequence (T, H), sample by sample."""
+    return torch.cat(hidden)[packed.order]

@@ -1,0 +1,166 @@
+"""Attention: every backend against the float64 definition, the alignment of the causal rule, what is refused."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from bagel.attention import attention, check_backend, lower_right_causal
+
+DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
+ROUNDING = {torch.float32: 2**-24, torch.bfloat16: 2**-9, torch.float16: 2**-12}
+"""Unit roundoff: half a step at 1, one bit finer than `torch.finfo(...).eps` says."""
+
+
+def heads(tq: int, tk: int, *, hq: int = 6, hkv: int = 3, d: int = 16, dtype=torch.float32, device="cpu"):
+    """Random queries (tq, hq, d), keys and values (tk, hkv, d)."""
+    generator = torch.Generator().manual_seed(tq * 100 + tk)
+    shapes = (tq, hq, d), (tk, hkv, d), (tk, hkv, d)
+    return [torch.randn(shape, generator=generator).to(device=device, dtype=dtype) for shape in shapes]
+
+
+def by_hand(q, k, v, see: torch.Tensor) -> torch.Tensor:
+    """The definition, one query and one head at a time, in float64; see (Tq, Tk) says who looks where."""
+    out = torch.empty(q.shape, dtype=torch.float64)
+    share = q.shape[1] // k.shape[1]
+    for i in range(q.shape[0]):
+        for h in range(q.shape[1]):
+            keys, values = k[see[i], h // share].double(), v[see[i], h // share].double()
+            weights = torch.exp(keys @ q[i, h].double() / q.shape[2] ** 0.5)
+            out[i, h] = (weights / weights.sum()) @ values
+    return out
+
+
+def rule(name: str, tq: int, tk: int) -> tuple[dict, torch.Tensor]:
+    """The arguments of a rule and the mask it stands for."""
+    if name == "full":
+        return {}, torch.ones(tq, tk, dtype=torch.bool)
+    if name == "causal":
+        return {"causal": True}, torch.tensor([[j <= tk - tq + i for j in range(tk)] for i in range(tq)])
+    mask = torch.rand(tq, tk, generator=torch.Generator().manual_seed(9)) < 0.4
+    mask[:, 1] = True
+    return {"mask": mask}, mask
+
+
+# What it computes -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["full", "causal", "mask"])
+@pytest.mark.parametrize(("tq", "tk"), [(5, 5), (4, 9), (1, 7)])
+def test_reference_is_the_definition(name, tq, tk):
+    q, k, v = (x.double() for x in heads(tq, tk))
+    arguments, see = rule(name, tq, tk)
+    torch.testing.assert_close(
+        attention(q, k, v, backend="reference", **arguments), by_hand(q, k, v, see), rtol=0, atol=1e-13
+    )
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("dtype", ROUNDING, ids=str)
+@pytest.mark.parametrize("name", ["full", "causal", "mask"])
+@pytest.mark.parametrize(("tq", "tk"), [(33, 33), (20, 50), (1, 41)])
+def test_sdpa_is_within_the_types_rounding_of_the_reference(tq, tk, name, dtype, device):
+    q, k, v = heads(tq, tk, dtype=dtype, device=device)
+    arguments, see = rule(name, tq, tk)
+    arguments = {key: value.to(device) if key == "mask" else value for key, value in arguments.items()}
+    exact = attention(q.double(), k.double(), v.double(), backend="reference", mask=see.to(device))
+    found = attention(q, k, v, backend="sdpa", **arguments)
+    assert found.dtype == dtype
+    # Scores of size 4 and weights are rounded, and sums of values up to 4: a few roundings of the largest value.
+    assert (found.double() - exact).abs().max().item() <= 8 * ROUNDING[dtype] * v.abs().max().item()
+
+
+def test_grouped_queries_use_the_key_head_of_their_group():
+    q, k, v = heads(3, 4, hq=6, hkv=2)
+    whole = attention(q, k, v)
+    for group in range(2):
+        own = attention(q[:, 3 * group : 3 * group + 3], k[:, group, None], v[:, group, None])
+        torch.testing.assert_close(whole[:, 3 * group : 3 * group + 3], own, rtol=0, atol=1e-6)
+
+
+# The causal rule ------------------------------------------------------------------------------------------------------
+
+
+def test_lower_right_causal_mask_literal():
+    drawn = ["xxx..", "xxxx.", "xxxxx"]
+    found = lower_right_causal(3, 5, torch.device("cpu")).tolist()
+    assert ["".join("x" if seen else "." for seen in row) for row in found] == drawn
+
+
+@pytest.mark.parametrize("backend", ["sdpa", "reference"])
+def test_causal_with_longer_keys_is_not_aligned_at_the_upper_left(backend):
+    q, k, v = heads(3, 8, hq=2, hkv=2)
+    found = attention(q, k, v, causal=True, backend=backend)
+    upper_left = F.scaled_dot_product_attention(*(x.transpose(0, 1) for x in (q, k, v)), is_causal=True).transpose(0, 1)
+    assert (found - upper_left).abs().amax(dim=(1, 2)).min() > 0.1  # every query would be wrong
+    torch.testing.assert_close(found[-1:], attention(q[-1:], k, v, backend=backend), rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("backend", ["sdpa", "reference"])
+def test_a_single_causal_query_sees_every_key(backend):
+    q, k, v = heads(1, 6)
+    assert torch.equal(attention(q, k, v, causal=True, backend=backend), attention(q, k, v, backend=backend))
+
+
+# What is refused ------------------------------------------------------------------------------------------------------
+
+
+def test_both_rules_at_once_are_refused():
+    q, k, v = heads(2, 2)
+    with pytest.raises(ValueError, match="not both"):
+        attention(q, k, v, causal=True, mask=torch.ones(2, 2, dtype=torch.bool))
+
+
+def test_an_unknown_backend_is_refused_with_the_names_of_all():
+    with pytest.raises(ValueError, match="one of sdpa, flash, reference, got 'xformers'"):
+        attention(*heads(2, 2), backend="xformers")
+    with pytest.raises(ValueError, match="one of sdpa, flash, reference, got 'xformers'"):
+        check_backend("xformers")
+
+
+def test_flash_without_its_package_says_the_way_out(monkeypatch):
+    monkeypatch.setitem(sys.modules, "flash_attn", None)  # importing it now fails
+    for ask in (lambda: check_backend("flash"), lambda: attention(*heads(2, 2, dtype=torch.bfloat16), backend="flash")):
+        with pytest.raises(ImportError, match=r"pip install flash-attn.*sdpa"):
+            ask()
+
+
+def flash_twin(q, k, v, *, causal):
+    """What the package computes: a batch axis in front, key heads not repeated, causal aligned at the lower right."""
+    return torch.stack(
+        [attention(a, b, c, causal=causal, backend="reference") for a, b, c in zip(q, k, v, strict=True)]
+    )
+
+
+@pytest.mark.parametrize("causal", [False, True])
+def test_flash_hands_over_and_takes_back_the_right_shapes(monkeypatch, causal):
+    monkeypatch.setitem(sys.modules, "flash_attn", SimpleNamespace(flash_attn_func=flash_twin))
+    q, k, v = heads(3, 7, dtype=torch.bfloat16)
+    assert check_backend("flash") == "flash"
+    wanted = attention(q, k, v, causal=causal, backend="reference")
+    assert torch.equal(attention(q, k, v, causal=causal, backend="flash"), wanted)
+
+
+def test_flash_refuses_what_it_cannot_compute(monkeypatch):
+    monkeypatch.setitem(sys.modules, "flash_attn", SimpleNamespace(flash_attn_func=flash_twin))
+    with pytest.raises(ValueError, match="got float32"):
+        attention(*heads(2, 2), backend="flash")
+    with pytest.raises(ValueError, match="no arbitrary mask"):
+        attention(*heads(2, 2, dtype=torch.bfloat16), mask=torch.ones(2, 2, dtype=torch.bool), backend="flash")
+
+
+def test_importing_the_library_imports_no_backend(tmp_path):
+    (tmp_path / "flash_attn.py").write_text("raise RuntimeError('imported unasked')\n")
+    root = Path(__file__).parents[1]
+    code = (
+        f"import sys; sys.path[:0] = [{str(tmp_path)!r}, {str(root)!r}]; import bagel; "
+        "print([name for name in ('flash_attn', 'triton', 'xformers') if name in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    assert (done.returncode, done.stdout) == (0, "[]\n"), done.stderr

@@ -22,6 +22,16 @@ def _require(condition: bool, message: str) -> None:
         raise ConfigError(message)
 
 
+def _require_sizes(config: object, file: str) -> None:
+    """Check that every whole number of a configuration is one, and positive."""
+    for size in dataclasses.fields(config):  # pyright: ignore[reportArgumentType]
+        values = getattr(config, size.name)
+        if size.type in ("int", "tuple[int, ...]"):
+            for value in values if isinstance(values, tuple) else (values,):
+                whole = isinstance(value, int) and not isinstance(value, bool)
+                _require(whole and value > 0, f"{file}: {size.name} must be a positive whole number, got {value!r}")
+
+
 @dataclass(frozen=True)
 class DecoderConfig:
     """Sizes of the language model (`llm_config.json`, the names of Qwen2)."""
@@ -40,6 +50,7 @@ class DecoderConfig:
     layer_module: str = "Qwen2MoTDecoderLayer"
 
     def __post_init__(self) -> None:
+        _require_sizes(self, "llm_config")
         heads, kv_heads = self.num_attention_heads, self.num_key_value_heads
         _require(self.hidden_act == "silu", f"llm_config: hidden_act must be 'silu', got {self.hidden_act!r}")
         _require(
@@ -92,6 +103,7 @@ class ViTConfig:
     rope: bool = False
 
     def __post_init__(self) -> None:
+        _require_sizes(self, "vit_config")
         _require(
             self.hidden_act == "gelu_pytorch_tanh",
             f"vit_config: hidden_act must be 'gelu_pytorch_tanh', got {self.hidden_act!r}",
@@ -140,6 +152,10 @@ class VAEConfig:
     scale_factor: float = 0.3611
     shift_factor: float = 0.1159
 
+    def __post_init__(self) -> None:
+        _require_sizes(self, "vae_config")
+        _require(len(self.ch_mult) > 0, "vae_config: ch_mult must hold at least one number, got none")
+
     @property
     def downsample(self) -> int:
         """Pixels per latent along a side (8)."""
@@ -175,6 +191,7 @@ class BagelConfig:
     vit_image_transform: ImageTransform = ImageTransform(980, 224, 14)
 
     def __post_init__(self) -> None:
+        _require_sizes(self, "config.json")
         _require(
             self.connector_act == "gelu_pytorch_tanh",
             f"config.json: connector_act must be 'gelu_pytorch_tanh', got {self.connector_act!r}",

@@ -10,8 +10,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-import torch
-
 from bagel.modeling import Bagel, Context
 from bagel.modeling.cache import Place
 from bagel.packing import LatentImage, Text, ViTImage, pack
@@ -119,8 +117,3 @@ def extend(
     """Append each sample's segments to its context, all in one pass."""
     packed = pack(samples, image_tokens=image_tokens, starts=[context.position for context in targets])
     model.prefill(packed.to(model.device), targets, attention=attention)
-
-
-def text_segment(ids: Sequence[int], *, bos: int, eos: int) -> Text:
-    """Return a text segment: bos, the ids, eos; there is no chat template and there are no role names."""
-    return Text(torch.tensor([bos, *ids, eos]))

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from os import PathLike
+from typing import Any
 
 import torch
 from PIL import Image
@@ -12,13 +14,88 @@ from torch import Tensor
 from bagel.contexts import Entry, GuidanceContexts
 from bagel.image import open_image, patch_positions, patchify, prepare_input
 from bagel.modeling import Bagel, MissingHalfError
-from bagel.options import THINK_GENERATE, THINK_UNDERSTAND, Options, Output
+from bagel.options import THINK_GENERATE, THINK_UNDERSTAND, Options, Output, described
 from bagel.packing import LatentImage, Text, ViTImage
 from bagel.tokenizer import Tokenizer
 from bagel.vae import Autoencoder
 
 Input = str | Image.Image
 """One piece of a prompt: a text, or a picture."""
+
+
+def check_inputs(inputs: Any) -> None:
+    """Check that inputs are a list of texts and PIL pictures.
+
+    Raises:
+        TypeError: they are no list, or one of them is something else.
+        ValueError: the list is empty.
+    """
+    if not _is_list(inputs):
+        raise TypeError(
+            f"the inputs must be a list of texts and PIL pictures, got {described(inputs)}; put one alone in a list too"
+        )
+    if not inputs:
+        raise ValueError("there is nothing to read: give at least one text or picture")
+    for piece in inputs:
+        if not isinstance(piece, str | Image.Image):
+            raise TypeError(f"an input must be a text or a PIL picture, got {described(piece)}{_opened(piece)}")
+
+
+def check_texts(name: str, texts: Any) -> bool:
+    """Check that an argument is a text or a list of texts and return whether it is a single one.
+
+    Raises:
+        TypeError: it is something else; says so under the argument's name.
+    """
+    if isinstance(texts, str):
+        return True
+    if not _is_list(texts) or not all(isinstance(text, str) for text in texts):
+        raise TypeError(f"{name} must be a text or a list of texts, got {described(texts)}")
+    return False
+
+
+def with_pictures(images: Any, texts: str | Sequence[str], *, needed: bool) -> list[list[Input]]:
+    """Return the inputs of each request: its pictures, then its text.
+
+    Args:
+        images: for a single text a picture or a list of them, for a list of texts a list of those.
+        texts: one, or a list of them; see `check_texts`.
+        needed: whether a request without pictures makes no sense.
+
+    Raises:
+        TypeError: something else than PIL pictures among the images.
+        ValueError: not as many entries as texts, or no picture where one is needed.
+    """
+    if isinstance(texts, str):
+        return [[*_pictures(images, needed=needed), texts]]
+    if not isinstance(images, Image.Image) and not _is_list(images):
+        raise _no_picture(images)
+    count = 1 if isinstance(images, Image.Image) else len(images)
+    if isinstance(images, Image.Image) or count != len(texts):
+        raise ValueError(f"a batch of {len(texts)} texts needs {len(texts)} pictures or lists of pictures, got {count}")
+    return [[*_pictures(own, needed=needed), text] for own, text in zip(images, texts, strict=True)]
+
+
+def _pictures(images: Any, *, needed: bool) -> list[Image.Image]:
+    pictures = [images] if isinstance(images, Image.Image) or not _is_list(images) else list(images)
+    for picture in pictures:
+        if not isinstance(picture, Image.Image):
+            raise _no_picture(picture)
+    if needed and not pictures:
+        raise ValueError("there is no picture to edit: give at least one, or draw with text_to_image")
+    return pictures
+
+
+def _is_list(value: Any) -> bool:
+    return isinstance(value, Sequence) and not isinstance(value, str | bytes)
+
+
+def _no_picture(value: Any) -> TypeError:
+    return TypeError(f"a picture must be a PIL picture, got {described(value)}{_opened(value)}")
+
+
+def _opened(value: Any) -> str:
+    return "; open it with bagel.image.open_image" if isinstance(value, str | PathLike) else ""
 
 
 @dataclass(frozen=True)
@@ -88,15 +165,12 @@ class Job:
 
 
 def prepare(parts: Parts, inputs: Sequence[Input], options: Options, output: Output) -> Job:
-    """Turn inputs into a job, drawing the posterior noise of its pictures in order.
+    """Turn inputs, checked by `check_inputs`, into a job; the posterior noise of its pictures is drawn in order.
 
     Raises:
-        ValueError: empty inputs, a picture or size that does not fit, posterior noise of another number or shape.
-        TypeError: an input that is neither text nor picture.
+        ValueError: a picture or size that does not fit, posterior noise of another number or shape.
         MissingHalfError: a picture for a model that cannot see, a drawing asked of one that cannot draw.
     """
-    if not inputs:
-        raise ValueError("there is nothing to read: give at least one text or picture")
     job = Job(options, options.new_generator())
     system = options.system_prompt
     if system is None and options.think:
@@ -107,11 +181,9 @@ def prepare(parts: Parts, inputs: Sequence[Input], options: Options, output: Out
     for piece in inputs:
         if isinstance(piece, str):
             job.entries.append(Entry(parts.text(piece, allow_special=options.allow_special), "text"))
-        elif isinstance(piece, Image.Image):
+        else:
             _add_picture(parts, job, piece, output, index=len(pictures))
             pictures.append(piece)
-        else:
-            raise TypeError(f"an input must be a text or a PIL picture, got {type(piece).__name__}")
     given = options.posterior_noise
     if given is not None and len(given) != len(pictures):
         raise ValueError(
@@ -126,7 +198,10 @@ def prepare(parts: Parts, inputs: Sequence[Input], options: Options, output: Out
 def _add_picture(parts: Parts, job: Job, picture: Image.Image, output: Output, *, index: int) -> None:
     config = parts.model.config
     if config.vit_config is None or not config.visual_und:
-        raise MissingHalfError("this model was loaded without its vision half: it cannot see pictures")
+        raise MissingHalfError(
+            "this model was loaded without its vision half: it cannot see pictures, so not edit them either; "
+            "load a checkpoint that has it, and without visual_und=False"
+        )
     prepared = prepare_input(
         open_image(picture, exif=job.options.exif),
         vae_rule=config.vae_image_transform,
@@ -166,8 +241,8 @@ def _output_size(parts: Parts, job: Job) -> tuple[int, int]:
     config, options = parts.model.config, job.options
     step = config.latent_downsample
     side = min(1024, config.max_latent_size * step)
-    height = options.height or job.size[0] or side
-    width = options.width or job.size[1] or side
+    height = (job.size[0] or side) if options.height is None else options.height
+    width = (job.size[1] or side) if options.width is None else options.width
     for name, value in (("height", height), ("width", width)):
         if value < step or value % step:
             nearest = max(round(value / step), 1) * step

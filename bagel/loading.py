@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 
-from bagel.checkpoint import Checkpoint, resolve_source
+from bagel.checkpoint import Checkpoint, resolve_source, verify_checksums
 from bagel.memory import explain_out_of_memory
 from bagel.modeling import Bagel
 from bagel.tokenizer import Tokenizer
@@ -27,14 +27,17 @@ def load_parts(
     visual_und: bool | None = None,
     revision: str | None = None,
     token: str | None = None,
+    verify: bool = False,
     progress: bool = True,
 ) -> tuple[Bagel, Autoencoder | None, Tokenizer]:
     """Return model, autoencoder and tokenizer of a folder or Hub id; arguments as `BagelPipeline.from_pretrained`."""
     device = choose_device(device)
     dtype = choose_dtype(dtype, device)
     vae_dtype = choose_vae_dtype(vae_dtype, dtype, device)
-    folder = resolve_source(source, revision=revision, token=token, progress=progress)
+    folder = resolve_source(source, revision=revision, token=token, progress=progress, alone=base is None)
     base_folder = None if base is None else resolve_source(base, token=token, progress=progress)
+    if verify:
+        verify_checksums(folder)
     checkpoint = Checkpoint.open(
         folder, base=base_folder, weights=weights, visual_gen=visual_gen, visual_und=visual_und
     )
@@ -53,12 +56,24 @@ def load_parts(
 
 
 def choose_device(device: torch.device | str | None) -> torch.device:
-    """Return the device asked for, else a CUDA GPU if there is one, else the CPU."""
+    """Return the device asked for, else a CUDA GPU if there is one, else the CPU.
+
+    Raises:
+        ValueError: a device that torch does not know, does not see here, or that holds no values.
+    """
     if device is None:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    chosen = torch.device(device)
-    if chosen.type == "cuda" and not torch.cuda.is_available():
-        raise ValueError(f'device="{device}" was asked for, but torch {torch.__version__} sees no CUDA GPU here')
+    try:
+        chosen = torch.device(device)
+        torch.empty(0, device=chosen)
+    except (RuntimeError, TypeError, AssertionError) as error:  # what torch raises for one that is not there
+        reason = str(error).partition("\n")[0].partition(". ")[0]
+        there = f"cpu and {torch.cuda.device_count()} CUDA GPU(s)"
+        raise ValueError(
+            f"device={str(device)!r} cannot be used: torch {torch.__version__} sees {there} here ({reason})"
+        ) from error
+    if chosen.type == "meta":
+        raise ValueError("device='meta' holds no values; use cpu or cuda")
     return chosen
 
 

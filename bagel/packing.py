@@ -294,7 +294,7 @@ def pack(
         starts: rotary position of each sample's first token; 0 by default.
 
     Raises:
-        ValueError: no samples, or a segment whose tensors disagree in length.
+        ValueError: no samples, a segment whose tensors disagree in length, or pictures that disagree in width.
     """
     if not samples:
         raise ValueError("pack needs at least one sample, got none")
@@ -323,6 +323,8 @@ def _check(segment: Segment) -> None:
             _check(image)
     elif isinstance(segment, ViTImage | LatentImage):
         rows = segment.patches if isinstance(segment, ViTImage) else segment.latents
+        if rows.ndim != 2:
+            raise ValueError(f"{type(segment).__name__}: rows must have shape (n, width), got {tuple(rows.shape)}")
         if rows.shape[0] != segment.position_ids.shape[0]:
             raise ValueError(
                 f"{type(segment).__name__}: {rows.shape[0]} patches but {segment.position_ids.shape[0]} position ids"
@@ -343,6 +345,14 @@ def _cat(tensors: list[Tensor], dtype: torch.dtype, *, width: int | None = None)
     return torch.empty((0,) if width is None else (0, width), dtype=dtype)
 
 
+def _pictures(name: str, tensors: list[Tensor]) -> Tensor:
+    """Return the rows of all pictures, which must have one width."""
+    widths = sorted({tensor.shape[1] for tensor in tensors})
+    if len(widths) > 1:
+        raise ValueError(f"{name} of one pack must have one width, got {' and '.join(map(str, widths))}")
+    return _cat(tensors, torch.float32, width=0)
+
+
 def _finish(streams: _Streams, samples: tuple[PackedSample, ...], next_positions: tuple[int, ...]) -> Packed:
     long, real = torch.long, torch.float32
     latents = streams.latents
@@ -350,11 +360,11 @@ def _finish(streams: _Streams, samples: tuple[PackedSample, ...], next_positions
     return Packed(
         text_ids=_cat(streams.text_ids, long),
         text_rows=_cat(streams.text_rows, long),
-        vit_patches=_cat([image.patches for image in streams.vit], real, width=0),
+        vit_patches=_pictures("patches", [image.patches for image in streams.vit]),
         vit_position_ids=_cat([image.position_ids for image in streams.vit], long),
         vit_rows=_cat(streams.vit_rows, long),
         vit_lengths=tuple(image.patches.shape[0] for image in streams.vit),
-        latents=_cat([image.latents for image in latents], real, width=0),
+        latents=_pictures("latents", [image.latents for image in latents]),
         latent_position_ids=_cat([image.position_ids for image in latents], long),
         timesteps=_cat(times, real),
         und_positions=_cat(streams.und_positions, long),

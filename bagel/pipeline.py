@@ -15,10 +15,10 @@ from bagel.answering import TextWriter, decode_jobs, write_texts
 from bagel.attention import check_backend
 from bagel.contexts import Entry, prefill_all
 from bagel.drawing import draw
-from bagel.inputs import Input, Job, Parts, begin, prepare
+from bagel.inputs import Input, Job, Parts, begin, check_inputs, check_texts, prepare, with_pictures
 from bagel.memory import explain_out_of_memory
 from bagel.modeling import Bagel
-from bagel.options import Options, Output, make_options
+from bagel.options import Options, Output, make_options, one_by_one, with_options
 from bagel.tokenizer import TextStream, Tokenizer
 from bagel.vae import Autoencoder
 
@@ -28,7 +28,8 @@ class ImageResult:
     """A picture.
 
     `image` PIL RGB; `text` the plan of `think`, else None; `latents` (16, h/8, w/8) float32 on the CPU, as the flow
-    left them; `seed` of its generator.
+    left them; `seed` the initial seed of its generator. It draws the picture again, unless a generator was given that
+    had been drawn from before.
     """
 
     image: Image.Image
@@ -39,7 +40,10 @@ class ImageResult:
 
 @dataclass(frozen=True)
 class TextResult:
-    """An answer: its text, its token ids without bos and eos, why it ended ("stop" or "length"), its seed."""
+    """An answer: its text, its token ids without bos and eos, why it ended ("stop" or "length"), its seed.
+
+    The seed is the initial one of its generator, as in `ImageResult`.
+    """
 
     text: str
     token_ids: tuple[int, ...]
@@ -48,10 +52,6 @@ class TextResult:
 
 
 Pictures = Image.Image | Sequence[Image.Image]
-PER_ITEM = ("seed", "generator", "height", "width", "negative_prompt", "noise", "posterior_noise")
-"""Options that a batch may give one by one, as lists; the others are shared."""
-
-
 LESS = "use fewer at a time, smaller pictures, fewer pictures among the inputs, a shorter text, or dtype=torch.bfloat16"
 
 
@@ -83,6 +83,7 @@ class BagelPipeline:
         visual_und: bool | None = None,
         revision: str | None = None,
         token: str | None = None,
+        verify: bool = False,
         progress: bool = True,
     ) -> BagelPipeline:
         """Load a checkpoint in the official layout.
@@ -98,11 +99,17 @@ class BagelPipeline:
             visual_gen: False leaves out the generating half, though it is there.
             visual_und: False leaves out the vision half.
             revision, token: for the Hub.
+            verify: first read every file that the source's SHA256SUMS lists and compare its checksum.
             progress: show download bars.
 
         Raises:
-            CheckpointError: what is wrong with the files, and the way out.
-            NotEnoughMemoryError: they do not fit.
+            CheckpointError: what is wrong with the files, and the way out; with `verify` also checksums that are
+                missing or differ.
+            TokenizerError: what is wrong with the tokenizer's files.
+            NotEnoughMemoryError: the weights do not fit.
+            ValueError: a device that is not there, an unknown dtype or attention backend.
+            ImportError: an attention backend whose package is not installed.
+            TypeError: a source that is neither a path nor an id.
         """
         from bagel.loading import load_parts
 
@@ -118,9 +125,20 @@ class BagelPipeline:
             visual_und=visual_und,
             revision=revision,
             token=token,
+            verify=verify,
             progress=progress,
         )
         return cls(model, vae, tokenizer, attention=attention)
+
+    def __repr__(self) -> str:
+        model, vae = self.parts.model, self.parts.vae
+        held = {"vision": model.config.visual_und, "generation": model.config.visual_gen, "autoencoder": vae}
+        count = sum(p.numel() for module in filter(None, (model, vae)) for p in module.parameters())
+        return (
+            f"BagelPipeline({', '.join(['decoder', *(name for name, part in held.items() if part)])}; "
+            f"{count:,} parameters; {str(self.dtype).removeprefix('torch.')} on {self.device}, "
+            f"attention {self.parts.attention!r})"
+        )
 
     @property
     def device(self) -> torch.device:
@@ -149,15 +167,37 @@ class BagelPipeline:
     def text_to_image(
         self, prompt: Sequence[str], *, preset: str | None = None, **options: Any
     ) -> list[ImageResult]: ...
+    @with_options("text_to_image", "image")
     def text_to_image(self, prompt, *, preset=None, **options):
-        """Draw a picture from a text, or a batch from a list of texts with one seed each.
+        """Draw a picture from a text, or a batch of pictures from a list of texts.
 
-        Options are those of `bagel.options.Options`; a batch may give seed, height, width, negative_prompt and noise
-        as lists.
+        Args:
+            prompt: what to draw, or a list of such texts; "" draws anything.
+            preset: a set of options, "notebook", "app" or "draft", under those that are given; see
+                `bagel.options.PRESETS`.
+            options: by name, below. A batch takes seed, generator and noise as lists, one for each prompt; height,
+                width and negative_prompt as lists or once for all; the others once.
+
+        Returns:
+            ImageResult, for a list of prompts a list of them.
+
+        Raises:
+            TypeError: an option that does not exist or has no effect here, an argument of another type.
+            ValueError: a value out of its range, a size that does not fit, an empty list.
+            MissingHalfError: the model was loaded without its generating half.
+            NotEnoughMemoryError: what was asked does not fit.
+            FloatingPointError: the picture came out as NaN.
         """
-        if isinstance(prompt, str):
-            return self._run([[prompt]], "text_to_image", "image", preset, options, single=True)[0]
-        return self._run([[text] for text in prompt], "text_to_image", "image", preset, options)
+        single = check_texts("prompt", prompt)
+        results = self._run(
+            [[prompt]] if single else [[text] for text in prompt],
+            "text_to_image",
+            "image",
+            preset,
+            options,
+            single=single,
+        )
+        return results[0] if single else results
 
     @overload
     def edit(self, images: Pictures, instruction: str, *, preset: str | None = None, **options: Any) -> ImageResult: ...
@@ -165,12 +205,28 @@ class BagelPipeline:
     def edit(
         self, images: Sequence[Pictures], instruction: Sequence[str], *, preset: str | None = None, **options: Any
     ) -> list[ImageResult]: ...
+    @with_options("edit", "image")
     def edit(self, images, instruction, *, preset=None, **options):
         """Change a picture as a text says; several pictures are all shown before the text.
 
-        For a batch give a list of instructions, and as many entries in `images`, each a picture or a list of them.
+        Args:
+            images: a PIL picture, or a list of them; for a batch a list of as many entries as there are
+                instructions, each a picture or a list of them.
+            instruction: what to change, or a list of such texts.
+            preset: a set of options, "notebook", "app", "gedit" or "draft", under those that are given.
+            options: by name, below. A batch takes them as `text_to_image` does; posterior_noise as a list of lists.
+
+        Returns:
+            ImageResult, of the size of its last picture unless another is given; for a list of instructions a list.
+
+        Raises:
+            TypeError: images that are not PIL pictures; otherwise as `text_to_image`.
+            ValueError: no picture, or not as many entries as instructions; otherwise as `text_to_image`.
+            MissingHalfError: the model was loaded without its vision half or its generating half.
+            NotEnoughMemoryError, FloatingPointError: as `text_to_image`.
         """
-        batch, single = _with_pictures(images, instruction)
+        single = check_texts("instruction", instruction)
+        batch = with_pictures(images, instruction, needed=True)
         results = self._run(batch, "edit", "image", preset, options, single=single)
         return results[0] if single else results
 
@@ -182,12 +238,32 @@ class BagelPipeline:
     def understand(
         self, images: Sequence[Pictures], question: Sequence[str], *, preset: str | None = None, **options: Any
     ) -> list[TextResult]: ...
+    @with_options("understand", "text")
     def understand(self, images, question, *, preset=None, **options):
-        """Answer a question about pictures; lists as for `edit`."""
-        batch, single = _with_pictures(images, question)
+        """Answer a question about pictures.
+
+        Args:
+            images: a PIL picture, or a list of them, which may be empty; for a batch a list of as many entries as
+                there are questions, each a picture or a list of them.
+            question: what to ask, or a list of such texts.
+            preset: a set of options, "notebook", "app" or "draft", under those that are given.
+            options: by name, below. A batch takes seed and generator as lists, the others once.
+
+        Returns:
+            TextResult, for a list of questions a list of them.
+
+        Raises:
+            TypeError: images that are not PIL pictures; an option that does not exist or has no effect on a text.
+            ValueError: a value out of its range, or not as many entries as questions.
+            MissingHalfError: a picture, but the model was loaded without its vision half.
+            NotEnoughMemoryError: what was asked does not fit.
+        """
+        single = check_texts("question", question)
+        batch = with_pictures(images, question, needed=False)
         results = self._run(batch, "understand", "text", preset, options, single=single)
         return results[0] if single else results
 
+    @with_options("generate", None)
     def generate(
         self, inputs: Sequence[Input], *, output: Output = "image", preset: str | None = None, **options: Any
     ) -> Any:
@@ -196,23 +272,30 @@ class BagelPipeline:
         Args:
             inputs: texts and PIL pictures, in order.
             output: "text" or "image".
-            preset: see `bagel.options.PRESETS`.
-            options: see `bagel.options.Options`; guidance defaults are those of an edit if there is a picture among
-                the inputs.
+            preset: a set of options under those that are given; see `bagel.options.PRESETS`.
+            options: by name, below; those for the other output are refused. The defaults are those of drawing from
+                texts: with a picture among the inputs guidance has the defaults of `edit`.
 
         Returns:
             TextResult or ImageResult.
 
         Raises:
-            TypeError, ValueError: an unknown option, a value out of range, an input that cannot be used.
-            NotEnoughMemoryError: what was asked does not fit.
+            TypeError: inputs that are no list, or not texts and PIL pictures; otherwise as `text_to_image`.
+            ValueError: nothing to read; otherwise as `text_to_image`.
+            MissingHalfError: the model was loaded without a half that this needs.
+            NotEnoughMemoryError, FloatingPointError: as `text_to_image`.
         """
         return self._generate([inputs], output, preset, options, single=True)[0]
 
+    @with_options("generate", None)
     def generate_batch(
         self, batch: Sequence[Sequence[Input]], *, output: Output = "image", preset: str | None = None, **options: Any
     ) -> list[Any]:
-        """Generate from several inputs at once, one seed each; the results are those of one call at a time."""
+        """Generate from several inputs at once, one seed each; the results are those of one call at a time.
+
+        Arguments and errors as for `generate`; per-request options are lists, as for `text_to_image`. Drawings with
+        and without pictures among their inputs do not share a batch.
+        """
         return self._generate(batch, output, preset, options)
 
     def _generate(
@@ -227,8 +310,7 @@ class BagelPipeline:
         if output not in ("text", "image"):
             raise ValueError(f'output must be "text" or "image", got {output!r}')
         for inputs in batch:
-            if isinstance(inputs, str | Image.Image):
-                raise TypeError(f"the inputs must be a list of texts and pictures, got {type(inputs).__name__}")
+            check_inputs(inputs)
         shown = [any(isinstance(piece, Image.Image) for piece in inputs) for inputs in batch]
         pictures = any(shown)
         if output == "image" and pictures and not all(shown):
@@ -239,8 +321,22 @@ class BagelPipeline:
         task = "understand" if output == "text" else "edit" if pictures else "text_to_image"
         return self._run(batch, task, output, preset, options, single=single)
 
+    @with_options("understand", "text")
     def stream(self, inputs: Sequence[Input], *, preset: str | None = None, **options: Any) -> Iterator[str]:
-        """Yield the text that `generate(..., output="text")` would return, as it is decoded, in whole characters."""
+        """Yield the text that `generate(..., output="text")` would return, as it is decoded, in whole characters.
+
+        Args:
+            inputs: texts and PIL pictures, in order.
+            preset: a set of options, "notebook", "app" or "draft", under those that are given.
+            options: by name, below.
+
+        Returns:
+            An iterator over pieces of text. Arguments are checked at once, the work is done as pieces are asked for.
+
+        Raises:
+            TypeError, ValueError, MissingHalfError, NotEnoughMemoryError: as `generate`.
+        """
+        check_inputs(inputs)
         chosen = make_options("understand", "text", options, preset=preset)
         return self._stream(inputs, chosen)
 
@@ -271,7 +367,7 @@ class BagelPipeline:
     ) -> list[Any]:
         if not batch:
             raise ValueError("there is nothing to do: the batch is empty")
-        each = [given] if single else _one_by_one(given, len(batch))
+        each = [given] if single else one_by_one(given, len(batch))
         options = [make_options(task, output, values, preset=preset) for values in each]
         with explain_out_of_memory(f"working on {len(batch)} request(s)", way_out=LESS):
             jobs = self._prepared(batch, options, output)
@@ -305,8 +401,15 @@ class BagelPipeline:
             for job, (text, answer) in zip(jobs, written, strict=True)
         ]
 
-    @torch.inference_mode()
     def _draw(self, jobs: list[Job]) -> list[ImageResult]:
+        # Cloned outside inference mode, so that the latents may take part in a gradient computation.
+        return [
+            ImageResult(image, job.plan, latents.clone(), job.generator.initial_seed())
+            for job, (image, latents) in zip(jobs, self._drawn(jobs), strict=True)
+        ]
+
+    @torch.inference_mode()
+    def _drawn(self, jobs: list[Job]) -> list[tuple[Image.Image, Tensor]]:
         options = jobs[0].options
         if options.think:
             plans = write_texts(self.parts, jobs, limit=options.max_think_tokens)
@@ -314,39 +417,4 @@ class BagelPipeline:
                 job.plan = text
             # The plan is read again as an ordinary text; the ids that were decoded are not kept.
             self._prefill(jobs, [[Entry(self.parts.text(text), "plan")] for text, _ in plans])
-        return [
-            ImageResult(image, job.plan, latents, job.generator.initial_seed())
-            for job, (image, latents) in zip(jobs, draw(self.parts, jobs), strict=True)
-        ]
-
-
-def _with_pictures(images: Any, text: str | Sequence[str]) -> tuple[list[list[Input]], bool]:
-    """Return the inputs of each request, pictures before the text, and whether it was a single one."""
-    if isinstance(text, str):
-        return [[*_listed(images), text]], True
-    if not isinstance(images, Sequence) or len(images) != len(text):
-        count = len(images) if isinstance(images, Sequence) else 1
-        raise ValueError(f"a batch of {len(text)} texts needs {len(text)} pictures or lists of pictures, got {count}")
-    return [[*_listed(own), one] for own, one in zip(images, text, strict=True)], False
-
-
-def _listed(images: Pictures) -> list[Image.Image]:
-    return [images] if isinstance(images, Image.Image) else list(images)
-
-
-def _one_by_one(given: dict[str, Any], count: int) -> list[dict[str, Any]]:
-    """Return the options of each of `count` requests; lists are dealt out, single values shared."""
-    each = [dict(given) for _ in range(count)]
-    for name in PER_ITEM:
-        value = given.get(name)
-        if value is None:
-            continue
-        if not isinstance(value, list | tuple):
-            if name in ("height", "width", "negative_prompt"):
-                continue
-            raise ValueError(f"a batch of {count} needs {count} values of {name!r} in a list, got a single one")
-        if len(value) != count:
-            raise ValueError(f"a batch of {count} needs {count} values of {name!r}, got {len(value)}")
-        for options, own in zip(each, value, strict=True):
-            options[name] = own
-    return each
+        return draw(self.parts, jobs)

@@ -1,13 +1,17 @@
-"""Pictures on disk: PNG files that carry how they were made, written whole or not at all, never over another file."""
+"""Pictures on disk, written whole or not at all, never over another file.
+
+PNG files carry how they were made; pictures that follow each other make an animated GIF.
+"""
 
 from __future__ import annotations
 
 import os
 import re
 import secrets
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import BinaryIO
 
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
@@ -27,7 +31,7 @@ def save_png(image: Image.Image, path: str | Path, info: Mapping[str, str], *, o
         OSError: the folder cannot be written to.
     """
     path = Path(path)
-    with _written(image, info, beside=path) as part:
+    with _written(_png(image, info), beside=path) as part:
         _rename(part, path, overwrite=overwrite)
     return path
 
@@ -38,17 +42,22 @@ def save_numbered_png(image: Image.Image, folder: str | Path, stem: str, info: M
     Two programs may fill one folder at once: each number is taken by one of them only. Arguments and errors otherwise
     as for `save_png`.
     """
-    folder = Path(folder)
-    with _written(image, info, beside=folder / stem) as part:
-        number = _highest(folder, stem) + 1
-        while True:
-            path = folder / f"{stem}-{number:04}.png"
-            try:
-                _rename(part, path, overwrite=False)
-            except FileExistsError:
-                number += 1
-            else:
-                return path
+    with _written(_png(image, info), beside=Path(folder) / stem) as part:
+        return _numbered(part, Path(folder), stem, ".png")
+
+
+def save_numbered_gif(frames: Sequence[Image.Image], folder: str | Path, stem: str, *, seconds: float) -> Path:
+    """Write pictures of one size as `folder/stem-0001.gif`, which shows each for `seconds`, over and over.
+
+    Numbers and errors as for `save_numbered_png`.
+    """
+    first, *rest = frames
+
+    def write(file: BinaryIO) -> None:
+        first.save(file, format="GIF", save_all=True, append_images=rest, duration=round(1000 * seconds), loop=0)
+
+    with _written(write, beside=Path(folder) / stem) as part:
+        return _numbered(part, Path(folder), stem, ".gif")
 
 
 def read_info(path: str | Path) -> dict[str, str]:
@@ -58,19 +67,36 @@ def read_info(path: str | Path) -> dict[str, str]:
         return {key: str(text) for key, text in getattr(image, "text", {}).items()}
 
 
-@contextmanager
-def _written(image: Image.Image, info: Mapping[str, str], *, beside: Path) -> Iterator[Path]:
-    """Write the whole picture under a temporary name in the folder of `beside`; gone at the end unless renamed."""
+def _png(image: Image.Image, info: Mapping[str, str]) -> Callable[[BinaryIO], None]:
     chunks = PngInfo()
     for key, text in info.items():
         chunks.add_itxt(key, text)
+    return lambda file: image.save(file, format="PNG", pnginfo=chunks)
+
+
+@contextmanager
+def _written(write: Callable[[BinaryIO], None], *, beside: Path) -> Iterator[Path]:
+    """Write a whole file under a temporary name in the folder of `beside`; gone at the end unless renamed."""
     part = beside.with_name(f".{beside.name}.{secrets.token_hex(8)}.part")
     try:
         with part.open("xb") as file:
-            image.save(file, format="PNG", pnginfo=chunks)
+            write(file)
         yield part
     finally:
         part.unlink(missing_ok=True)
+
+
+def _numbered(part: Path, folder: Path, stem: str, suffix: str) -> Path:
+    """Give a finished file the first number that is free after the highest, and return its path."""
+    number = _highest(folder, stem, suffix) + 1
+    while True:
+        path = folder / f"{stem}-{number:04}{suffix}"
+        try:
+            _rename(part, path, overwrite=False)
+        except FileExistsError:
+            number += 1
+        else:
+            return path
 
 
 def _rename(part: Path, path: Path, *, overwrite: bool) -> None:
@@ -85,7 +111,7 @@ def _rename(part: Path, path: Path, *, overwrite: bool) -> None:
         raise
 
 
-def _highest(folder: Path, stem: str) -> int:
-    numbered = re.compile(re.escape(stem) + r"-(\d+)\.png")
+def _highest(folder: Path, stem: str, suffix: str) -> int:
+    numbered = re.compile(re.escape(stem) + r"-(\d+)" + re.escape(suffix))
     found = [numbered.fullmatch(path.name) for path in folder.iterdir()]
     return max((int(match[1]) for match in found if match), default=0)

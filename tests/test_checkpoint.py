@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import dataclasses
 import json
 import shutil
 
@@ -18,9 +19,14 @@ from checkpoint_variants import (
     without_keys,
     without_vision,
 )
+from PIL import Image
 from safetensors.torch import save_file
 
-from bagel.checkpoint import Checkpoint, CheckpointError
+from bagel import BagelPipeline
+from bagel.checkpoint import Checkpoint, CheckpointError, official_shapes
+from bagel.checkpoint.measure import measure
+from bagel.checkpoint.resolve import Resolver
+from bagel.checkpoint.stated import read_stated
 from bagel.config import BAGEL_7B, ImageTransform
 
 
@@ -184,14 +190,64 @@ def test_open_refuses_a_half_that_is_not_there(tmp_path):
         Checkpoint.open(folder, visual_und=True)
 
 
-def test_open_passes_over_a_broken_config_json(tmp_path):
+BROKEN = '{"interpolate_pos": true,}'
+
+
+def resolved(folder, config, **changed):
+    """Resolve the configuration of weights with the sizes of `config`, of which only the shapes are made."""
+    stated = read_stated(folder)
+    resolver = Resolver(measure(official_shapes(dataclasses.replace(config, **changed))), stated, list(stated.notes))
+    return resolver.config(config.vae_config, weights_name="ema.safetensors"), resolver.notes
+
+
+def test_a_broken_config_json_is_passed_over_for_the_released_sizes(tmp_path):
+    (tmp_path / "config.json").write_text(BROKEN)
+    config, notes = resolved(tmp_path, BAGEL_7B)
+    assert config == BAGEL_7B
+    assert len(notes) == 1
+    assert "config.json is not valid JSON" in notes[0]
+
+
+@pytest.mark.parametrize("changed", [{"max_latent_size": 32}, {"vit_max_num_patch_per_side": 35}])
+def test_a_broken_config_json_is_refused_for_other_tables(tmp_path, changed):
+    (tmp_path / "config.json").write_text(BROKEN)
+    with pytest.raises(CheckpointError, match="not the released 7B's sizes"):
+        resolved(tmp_path, BAGEL_7B, **changed)
+
+
+def test_open_refuses_a_broken_config_json_of_other_sizes(tmp_path):
+    folder = make_folder(tmp_path / "c", source=MOE)
+    (folder / "config.json").write_text(BROKEN)
+    for base in (None, TINY):
+        with pytest.raises(
+            CheckpointError, match=r"config\.json is not valid JSON \(.*column.*\).*repair.*or delete it"
+        ):
+            Checkpoint.open(folder, base=base)
+
+
+def test_open_passes_over_a_broken_config_json_of_a_base(tmp_path):
+    base = make_folder(tmp_path / "b")
+    (base / "config.json").write_text(BROKEN)
     folder = make_folder(tmp_path / "c")
-    (folder / "config.json").write_text('{"visual_gen": true,}')
+    assert Checkpoint.open(folder, base=base).config == Checkpoint.open(folder).config
+    (folder / "config.json").unlink()
+    with pytest.raises(CheckpointError, match="b/config"):
+        Checkpoint.open(folder, base=base)
+
+
+def test_open_without_config_json_notes_its_defaults_and_pictures_fit(tmp_path):
+    folder = make_folder(tmp_path / "c", without=("config.json",))
     checkpoint = Checkpoint.open(folder)
-    assert checkpoint.config.max_latent_size == 16
-    assert checkpoint.config.vit_max_num_patch_per_side == 10
-    assert any("config.json is not valid JSON" in note for note in checkpoint.notes)
-    load(checkpoint)
+    config = checkpoint.config
+    assert (config.max_latent_size, config.vit_max_num_patch_per_side) == (16, 10)
+    assert config.interpolate_pos is False
+    patch = config.vit_config.patch_size
+    assert config.vae_image_transform == ImageTransform(256, 256, 16)
+    assert config.vit_image_transform == ImageTransform(10 * patch, min(224, 10 * patch), patch)
+    for name in ("interpolate_pos", "vae_image_transform", "vit_image_transform"):
+        assert sum(f"no config.json says {name}" in note for note in checkpoint.notes) == 1
+    pipe = BagelPipeline.from_pretrained(folder, device="cpu")
+    assert pipe.edit(Image.new("RGB", (2000, 700)), "red", num_timesteps=2, seed=0).image.width == 256
 
 
 def test_open_takes_sizes_from_the_weights_and_names_the_file_that_is_wrong(tmp_path):

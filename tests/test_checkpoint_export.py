@@ -128,8 +128,13 @@ def test_checksums_cover_every_file_and_notice_one_bit(tmp_path):
         verify_checksums(tmp_path / "out")
 
 
-def test_checksums_are_none_where_there_is_no_list():
-    assert verify_checksums(TINY) == ()
+@pytest.mark.parametrize(("text", "says"), [(None, "has no SHA256SUMS"), ("", "lists no files")])
+def test_checksums_without_a_list_verify_nothing(tmp_path, text, says):
+    folder = make_folder(tmp_path / "c")
+    if text is not None:
+        (folder / "SHA256SUMS").write_text(text)
+    with pytest.raises(CheckpointError, match=says):
+        verify_checksums(folder)
 
 
 def test_inspect_counts_every_part():
@@ -144,12 +149,12 @@ def test_inspect_counts_every_part():
 
 def test_inspect_says_what_is_missing_and_noted(tmp_path):
     folder = make_folder(tmp_path / "c", change=without_vision, without=("ae.safetensors", "vocab.json"))
-    (folder / "config.json").write_text("{")
+    (folder / "config.json").unlink()
     text = inspect_checkpoint(folder)
     assert "no ae.safetensors" in text
     assert "no tokenizer" in text
     assert "no vision half" in text
-    assert "config.json is not valid JSON" in text
+    assert "no config.json says interpolate_pos" in text
 
 
 def test_inspect_judges_memory_by_what_is_free(monkeypatch):

@@ -18,6 +18,7 @@ from PIL import Image
 from bagel import BagelPipeline
 from bagel.cli import main
 from bagel.cli.answers import Chat
+from bagel.demo import CHECKPOINT
 from bagel.png import read_info, save_numbered_png, save_png
 
 ROOT = Path(__file__).parents[1]
@@ -55,7 +56,7 @@ def exit_code(*argv: str | Path) -> int:
 # Help and exit codes ---------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("command", ["", "text-to-image", "edit", "understand", "chat", "inspect", "demo"])
+@pytest.mark.parametrize("command", ["", "text-to-image", "edit", "understand", "chat", "inspect", "evaluate", "demo"])
 def test_help_shows_examples(command, capsys):
     assert exit_code(*filter(None, [command]), "--help") == 0
     printed = capsys.readouterr().out
@@ -80,6 +81,8 @@ def test_version_names_the_distribution(capsys):
         (("text-to-image", "a", *SMALL, "--cfg-renorm-type", "all"), "cfg_renorm_type must be one of"),
         (("text-to-image", "a", *SMALL, "--dtype", "float8"), "dtype must be one of"),
         (("text-to-image", "a", *SMALL, "--batch-size", "0"), "at least 1"),
+        (("text-to-image", "a", *SMALL, "--device", "warp"), "device='warp' cannot be used"),
+        (("text-to-image", "--prompts-file", PICTURE, *SMALL), "input_landscape.png is no text in UTF-8"),
         (("edit", PICTURE), "--instruction"),
         (("understand", PICTURE, "--question", "what?", "--stream", "--json"), "not allowed with"),
     ],
@@ -96,7 +99,8 @@ def test_a_command_that_cannot_be_meant_exits_with_2(argv, says, capsys):
         (("understand", "none.png", "--question", "x", *SHORT), "none.png: there is no such file"),
         (("text-to-image", "--prompts-file", "none.txt", *SMALL), "none.txt: No such file or directory"),
         (("text-to-image", "a", *SMALL, "--height", "65"), "multiple of 16"),
-        (("inspect", "nowhere"), "nowhere"),
+        (("text-to-image", "--prompts-file", ".", *SMALL), ".: Is a directory"),
+        (("inspect", "nowhere"), "nowhere does not exist; check its spelling, or fetch a checkpoint: hf download"),
     ],
 )
 def test_a_failure_is_one_sentence_and_exit_code_1(argv, says, capsys):
@@ -208,6 +212,20 @@ def test_an_existing_picture_is_kept_before_anything_is_drawn(monkeypatch, capsy
     assert exit_code("text-to-image", "a", "-o", "mine.png", *SMALL) == 1
     assert "mine.png exists" in capsys.readouterr().err
     assert Path("mine.png").read_text() == "precious"
+
+
+@pytest.mark.real_loading
+def test_a_command_that_fails_leaves_no_folder(capsys):
+    assert exit_code("text-to-image", "a", "--model", "no-such-folder/", "-o", "new/folder/") == 1
+    assert exit_code("text-to-image", "a", *SMALL, "--height", "65", "-o", "new/folder/") == 1
+    assert os.listdir() == []
+
+
+def test_a_place_that_can_hold_no_pictures_is_refused_before_anything_is_drawn(monkeypatch, capsys):
+    monkeypatch.setattr(BagelPipeline, "text_to_image", lambda *_, **__: pytest.fail("it drew"))
+    Path("file").touch()
+    assert exit_code("text-to-image", "a", "-o", "file/folder/", *SMALL) == 1
+    assert "file is no folder that may be written to" in capsys.readouterr().err
 
 
 def test_force_replaces_an_existing_picture():
@@ -346,7 +364,7 @@ def test_ctrl_c_during_an_answer_stops_only_that_answer(capsys):
     assert Slow.heard[1] == ["tell me", "so far", "go on"]
 
 
-# Checkpoints and demo --------------------------------------------------------------------------------------------
+# Checkpoints -------------------------------------------------------------------------------------------------
 
 
 def test_inspect_tells_the_parts(capsys):
@@ -381,10 +399,9 @@ def test_commands_load_the_model_they_are_told(capsys):
     assert not Path("a.png").exists()
 
 
-@pytest.mark.real_loading
-def test_demo_leaves_pictures_and_says_that_the_weights_are_random(capsys):
-    assert exit_code("demo", "--out", "out") == 0
-    names = {"contact-sheet-0001.png", "draw-0001.png", "draw-0002.png", "draw-0003.png", "edit-0001.png"}
-    assert names < set(os.listdir("out"))
-    assert "random weights" in capsys.readouterr().out
-    assert "random" in read_info("out/draw-0001.png")["model"]
+@pytest.mark.parametrize("model", ["demo", "./demo"])
+def test_demo_is_the_name_of_the_built_in_model(model, pipe, monkeypatch):
+    asked = []
+    monkeypatch.setattr(BagelPipeline, "from_pretrained", lambda source, **_: asked.append(source) or pipe)
+    assert exit_code("understand", PICTURE, "--question", "what?", "--model", model, "--max-new-tokens", "2") == 0
+    assert asked == [CHECKPOINT if model == "demo" else model]

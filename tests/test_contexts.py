@@ -7,7 +7,7 @@ import torch
 from conftest import assert_close
 from small_model import IMAGE_TOKENS, latents, small_model, text, vit
 
-from bagel.contexts import Entry, GuidanceContexts, copied, prefill_all, text_segment
+from bagel.contexts import Entry, GuidanceContexts, copied, prefill_all
 from bagel.modeling import Context
 
 ENTRIES = {  # every segment of a length of its own, so that lengths tell which ones are in a context
@@ -147,8 +147,3 @@ def test_a_copy_holds_the_same_tokens_and_extends_alone():
 def test_entries_count_the_tokens_around_pictures():
     assert [len(entry) for entry in ENTRIES["image"]()] == [6, 8]
     assert len(ENTRIES["text"]()[0]) == 3
-
-
-def test_a_text_segment_is_bos_ids_eos():
-    assert text_segment([5, 6], bos=1, eos=2).ids.tolist() == [1, 5, 6, 2]
-    assert text_segment([], bos=1, eos=2).ids.tolist() == [1, 2]

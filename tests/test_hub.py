@@ -1,14 +1,16 @@
 from __future__ import annotations
 
 import filecmp
+import json
 import os
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
-from checkpoint_variants import TINY, load, make_folder
+from checkpoint_variants import TINY, load, make_folder, weights_of
 from hub_server import COMMIT, TOKEN, FakeHub
+from safetensors.torch import save_file
 
 from bagel.checkpoint import Checkpoint, CheckpointError, resolve_source
 from bagel.checkpoint.hub import needed_files
@@ -213,6 +215,39 @@ def test_fetch_without_a_network_uses_a_copy_that_is_there(hub, monkeypatch):
     folder = fetch(hub)
     monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")
     assert fetch(hub) == folder
+
+
+def test_fetch_that_breaks_after_the_weights_blames_the_network_and_goes_on_later(hub, impatient, monkeypatch):
+    from huggingface_hub import constants
+
+    hub.broken, hub.breaks = "ae.safetensors", 100
+    with pytest.raises(CheckpointError, match=r"could not be fetched from .*what has arrived is kept, so try again"):
+        fetch(hub)
+    with monkeypatch.context() as offline:
+        offline.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")
+        with pytest.raises(CheckpointError, match=r"could not be fetched from .*when the network is back"):
+            fetch(hub)
+        assert (fetch(hub, alone=False) / "ema.safetensors").is_file()  # a base supplies the autoencoder
+    hub.breaks = 0
+    load(Checkpoint.open(fetch(hub)))
+    assert hub.ranges("ema.safetensors") == [None]
+
+
+def test_fetch_without_a_network_misses_a_shard(hub, monkeypatch):
+    from huggingface_hub import constants
+
+    tensors = weights_of()
+    (hub.folder / "ema.safetensors").unlink()
+    names = {key: f"model-0000{1 + i % 2}-of-00002.safetensors" for i, key in enumerate(tensors)}
+    for name in set(names.values()):
+        save_file({key: tensors[key] for key in names if names[key] == name}, hub.folder / name)
+    (hub.folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": names}))
+    folder = fetch(hub)
+    monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")
+    assert fetch(hub) == folder
+    (folder / "model-00002-of-00002.safetensors").unlink()
+    with pytest.raises(CheckpointError, match="could not be fetched"):
+        fetch(hub)
 
 
 def test_fetch_honours_the_clients_environment(tmp_path):

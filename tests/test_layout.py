@@ -21,8 +21,8 @@ ORDER = (
     "vae",
     "modeling",
     "sampling",
-    "checkpoint",
     "memory",
+    "checkpoint",
     "options",
     "contexts",
     "inputs",
@@ -31,10 +31,12 @@ ORDER = (
     "loading",
     "pipeline",
     "png",
+    "evaluation",
+    "demo",
     "cli",
 )
-APART = ("evaluation", "training")
-"""Packages beside the flow of data: no module of it may need them."""
+APART = ("training",)
+"""Beside the flow of data: no module of it may need this."""
 
 
 def imports_of(file: Path) -> set[str]:

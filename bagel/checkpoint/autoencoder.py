@@ -10,7 +10,7 @@ import torch
 from bagel.checkpoint.errors import CheckpointError
 from bagel.checkpoint.files import TensorFiles
 from bagel.checkpoint.stated import Stated
-from bagel.config import VAEConfig
+from bagel.config import ConfigError, VAEConfig
 from bagel.vae import Autoencoder
 
 Shapes = dict[str, tuple[int, ...]]
@@ -32,7 +32,7 @@ def resolve_vae_config(weights: TensorFiles, stated: Stated) -> tuple[VAEConfig,
     shapes = weights.shapes
     candidates = [config for config in (_from_shapes(shapes), _from_json(stated)) if config is not None]
     if not candidates:
-        raise CheckpointError(f"{weights.files[0]} is not an autoencoder file: it has no encoder.conv_in.weight")
+        raise CheckpointError(f"{weights.files[0]} is not an autoencoder file: its encoder's first layers are missing")
     wanted = [_wanted(config, weights) for config in candidates]
     misfits = [sum(shapes.get(key) != shape for key, shape in want.items()) for want in wanted]
     best = misfits.index(min(misfits))
@@ -96,7 +96,7 @@ def _from_shapes(shapes: Shapes) -> VAEConfig | None:
             num_res_blocks=count("encoder.down.0.block.{}.conv1.weight"),
             z_channels=size("decoder.conv_in.weight", 1),
         )
-    except (KeyError, IndexError, ZeroDivisionError):
+    except (KeyError, IndexError, ZeroDivisionError, ConfigError):
         return None
 
 

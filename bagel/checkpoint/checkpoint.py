@@ -10,7 +10,7 @@ import torch
 
 from bagel.checkpoint.autoencoder import check_shapes, resolve_vae_config
 from bagel.checkpoint.errors import CheckpointError
-from bagel.checkpoint.files import TensorFiles, find_autoencoder, read_single, read_weights
+from bagel.checkpoint.files import OFFICIAL, TensorFiles, find_autoencoder, has_tokenizer, read_single, read_weights
 from bagel.checkpoint.keys import official_shapes
 from bagel.checkpoint.load import load_autoencoder, load_model
 from bagel.checkpoint.measure import measure
@@ -19,8 +19,6 @@ from bagel.checkpoint.stated import StatedFiles, read_stated
 from bagel.config import BagelConfig
 from bagel.modeling import Bagel
 from bagel.vae import Autoencoder
-
-TOKENIZER_FILES = ("vocab.json", "tokenizer.json")
 
 
 @dataclass(frozen=True)
@@ -145,8 +143,12 @@ class Checkpoint:
 def _folder(source: str | Path) -> Path:
     place = Path(source).expanduser()
     if not place.is_dir():
-        what = "is a file; name the folder that holds it" if place.is_file() else "does not exist"
-        raise CheckpointError(f"{place} {what}")
+        if place.is_file():
+            raise CheckpointError(f"{place} is a file; name the folder that holds it")
+        raise CheckpointError(
+            f"{place} does not exist; check its spelling, or fetch a checkpoint: hf download {OFFICIAL} "
+            f"--local-dir {place}"
+        )
     return place
 
 
@@ -192,7 +194,4 @@ def _choose_halves(
 
 
 def _tokenizer_home(place: Path, base: Path | None) -> Path | None:
-    for candidate in filter(None, (place, base)):
-        if any((candidate / name).is_file() for name in TOKENIZER_FILES) or any(candidate.glob("*.model")):
-            return candidate
-    return None
+    return next((candidate for candidate in (place, base) if candidate and has_tokenizer(candidate)), None)

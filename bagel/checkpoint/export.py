@@ -223,14 +223,14 @@ def _slices(tensor: Tensor) -> Iterator[Tensor]:
 
 
 def verify_checksums(folder: str | Path) -> tuple[str, ...]:
-    """Read every file that `SHA256SUMS` lists and return their names; none if there is no such file.
+    """Read every file that `SHA256SUMS` lists, compare its checksum and return their names.
 
-    Raises CheckpointError naming the files that are missing or whose content differs.
+    Raises CheckpointError naming the files that are missing or whose content differs, or if nothing is listed.
     """
     place = Path(folder).expanduser()
     sums = place / CHECKSUMS
     if not sums.is_file():
-        return ()
+        raise CheckpointError(f"{place} has no {CHECKSUMS} to verify its files with; exports of this library have one")
     names, wrong = [], []
     for number, line in enumerate(sums.read_text(encoding="utf-8").splitlines(), 1):
         found = re.fullmatch(r"([0-9a-fA-F]{64}) [ *](.+)", line)
@@ -245,6 +245,8 @@ def verify_checksums(folder: str | Path) -> tuple[str, ...]:
             wrong.append(f"{name} ({error.strerror})")
         else:
             wrong += [] if same else [f"{name} (its content differs)"]
+    if not names:
+        raise CheckpointError(f"{sums} lists no files; export or fetch the checkpoint again")
     if wrong:
         raise CheckpointError(f"{place} does not match its {CHECKSUMS}: {quoted(wrong)}; fetch these files again")
     return tuple(names)

@@ -14,6 +14,7 @@ from bagel.checkpoint.errors import CheckpointError
 
 WEIGHT_NAMES = ("ema.safetensors", "model.safetensors", "model_bf16.safetensors")
 AUTOENCODER_NAMES = ("ae.safetensors", "vae/ae.safetensors")
+TOKENIZER_FILES = ("vocab.json", "tokenizer.json")
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 COMPRESSED_NAMES = ("df11", "int8", "fp8", "nf4", "int4")
 COMPRESSED_KEYS = (".encoded_exponent", ".sign_mantissa", ".output_positions", ".luts")
@@ -202,6 +203,11 @@ def refuse_name(file: Path) -> None:
 def _listing(folder: Path) -> str:
     names = sorted(file.name for file in folder.iterdir())
     return quoted(names, 8) or "nothing"
+
+
+def has_tokenizer(folder: Path) -> bool:
+    """Whether a folder holds the files of a tokenizer, of any kind."""
+    return any((folder / name).is_file() for name in TOKENIZER_FILES) or any(folder.glob("*.model"))
 
 
 def find_autoencoder(*folders: Path) -> Path | None:

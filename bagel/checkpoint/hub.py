@@ -13,7 +13,16 @@ from typing import Any
 from tqdm.auto import tqdm
 
 from bagel.checkpoint.errors import CheckpointError
-from bagel.checkpoint.files import AUTOENCODER_NAMES, OFFICIAL, WEIGHT_NAMES, refuse_name
+from bagel.checkpoint.files import (
+    AUTOENCODER_NAMES,
+    OFFICIAL,
+    WEIGHT_NAMES,
+    find_autoencoder,
+    has_tokenizer,
+    read_weights,
+    refuse_name,
+)
+from bagel.checkpoint.measure import measure
 
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 SMALL_FILES = ("*.json", "merges.txt", "*.model", "SHA256SUMS")
@@ -27,31 +36,45 @@ The Hub's client resumes within one process only. Larger files than the Hub serv
 
 
 def resolve_source(
-    source: str | Path, *, revision: str | None = None, token: str | bool | None = None, progress: bool = True
+    source: str | Path,
+    *,
+    revision: str | None = None,
+    token: str | bool | None = None,
+    progress: bool = True,
+    alone: bool = True,
 ) -> Path:
     """Return the folder of a checkpoint, fetching it from the Hub if `source` is no folder but a Hub id.
 
     Only the needed files are fetched: the JSON and tokenizer files, one set of weights and the autoencoder. The
-    client's own settings hold (`HF_ENDPOINT`, `HF_HOME`, `HF_TOKEN`, `HF_HUB_OFFLINE`); without a network a copy that
-    is already in its cache is used.
+    client's own settings hold (`HF_ENDPOINT`, `HF_HOME`, `HF_TOKEN`, `HF_HUB_OFFLINE`); where the Hub cannot be
+    asked what it has, a whole copy that is already in its cache is used.
 
     Args:
         source: an existing folder, or an id such as `ByteDance-Seed/BAGEL-7B-MoT`.
         revision: branch, tag or commit on the Hub.
         token: Hub token; None takes the one of the client's login.
         progress: show progress bars on a terminal.
+        alone: a cached copy is whole only with tokenizer and autoencoder; False where another folder supplies them.
 
     Raises:
         CheckpointError: no folder and no Hub id, an unknown or closed repository, no network.
+        TypeError: a source that is neither a path nor an id.
     """
+    if not isinstance(source, str | Path):
+        raise TypeError(
+            f"the source must be the path of a folder or a Hub id (such as {OFFICIAL}), got "
+            f"{type(source).__name__} {source!r}"
+        )
     place = Path(source).expanduser()
     if str(source) and place.is_dir():
         return place
+    if place.is_file():
+        raise CheckpointError(f"{place} is a file; name the folder that holds it")
     if isinstance(source, Path) or not HUB_ID.fullmatch(source):
         raise CheckpointError(
             f"{str(source)!r} is neither an existing folder nor a Hub id (such as {OFFICIAL}); check its spelling"
         )
-    return _fetch(source, revision=revision, token=token, progress=progress)
+    return _fetch(source, revision=revision, token=token, progress=progress, alone=alone)
 
 
 def needed_files(names: Sequence[str]) -> list[str]:
@@ -84,7 +107,7 @@ def _sharded(names: Sequence[str]) -> list[str]:
     return [index, *(name for name in names if fnmatch.fnmatchcase(name, f"{stem}-*-of-*.safetensors"))]
 
 
-def _fetch(repo_id: str, *, revision: str | None, token: str | bool | None, progress: bool) -> Path:
+def _fetch(repo_id: str, *, revision: str | None, token: str | bool | None, progress: bool, alone: bool) -> Path:
     import huggingface_hub as hub
     from huggingface_hub import constants, errors
 
@@ -93,8 +116,10 @@ def _fetch(repo_id: str, *, revision: str | None, token: str | bool | None, prog
         "then name that FOLDER instead"
     )
     bar = None if progress else _SilentBar
+    listed = False
     try:
         info = hub.HfApi(token=token).model_info(repo_id, revision=revision, files_metadata=True)
+        listed = True
         sizes = {file.rfilename: file.size or 0 for file in info.siblings or ()}
         files = needed_files(list(sizes))
         for name in files:
@@ -118,7 +143,7 @@ def _fetch(repo_id: str, *, revision: str | None, token: str | bool | None, prog
             f"read; check its spelling, or pass token=... if it is private; {by_hand}"
         ) from error
     except Exception as error:  # the client lets errors of several HTTP libraries through
-        cached = _cached(repo_id, revision)
+        cached = None if listed else _cached(repo_id, revision, alone=alone)
         if cached is not None:
             return cached
         reason = (str(error) or type(error).__name__).partition("\n")[0]
@@ -128,15 +153,21 @@ def _fetch(repo_id: str, *, revision: str | None, token: str | bool | None, prog
         ) from error
 
 
-def _cached(repo_id: str, revision: str | None) -> Path | None:
-    """Return the folder of a copy that an earlier call fetched whole."""
+def _cached(repo_id: str, revision: str | None, *, alone: bool) -> Path | None:
+    """Return the folder of a copy in the client's cache if it holds all that loading needs."""
     import huggingface_hub as hub
 
-    for name in (*WEIGHT_NAMES, f"model{INDEX}"):
-        found = hub.try_to_load_from_cache(repo_id, name, revision=revision)
-        if isinstance(found, str):
-            return Path(found).parent
-    return None
+    names = (*WEIGHT_NAMES, f"model{INDEX}", "llm_config.json", "config.json")
+    found = (hub.try_to_load_from_cache(repo_id, name, revision=revision) for name in names)
+    folder = next((Path(file).parent for file in found if isinstance(file, str)), None)
+    if folder is None:
+        return None
+    try:
+        has_gen = measure(read_weights(folder).shapes).has_gen_glue
+    except CheckpointError:
+        return None
+    whole = not alone or (has_tokenizer(folder) and (not has_gen or find_autoencoder(folder) is not None))
+    return folder if whole else None
 
 
 class _SilentBar(tqdm):

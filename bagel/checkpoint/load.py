@@ -17,6 +17,7 @@ from bagel.checkpoint.files import TensorFiles, open_tensors, quoted
 from bagel.checkpoint.free_memory import free_bytes
 from bagel.checkpoint.keys import TABLE_PARAMETERS, Target, targets
 from bagel.config import BagelConfig
+from bagel.memory import is_out_of_memory
 
 STEP_BYTES = 128 * 2**20
 """Most bytes read at once: bounds the temporary copy of a cast."""
@@ -119,7 +120,9 @@ class _Loader:
         if name not in self.filled:
             try:
                 tensor = torch.empty(self.shapes[name], dtype=self.dtypes[name], device=self.device)
-            except RuntimeError as error:
+            except (RuntimeError, MemoryError) as error:
+                if not is_out_of_memory(error):
+                    raise
                 raise self._too_large(str(error).partition("\n")[0]) from error
             self.filled[name] = _assign(self.module, name, tensor)
         return self.filled[name]

@@ -2,7 +2,7 @@
 
 Sizes come from the weights, the counts of layers and what shapes cannot tell from `llm_config.json` and
 `vit_config.json`, the rest from `config.json`, which is the least reliable; every disagreement is noted. Where no file
-says it, the released 7B's value is taken only if the weights have the released 7B's sizes.
+says it, the released 7B's value is taken only if the weights have the released 7B's sizes, or is noted.
 """
 
 from __future__ import annotations
@@ -58,9 +58,7 @@ class Resolver:
             values["max_latent_size"] = self._side("max_latent_size", "latent_table")
         else:
             values["vae_config"] = None
-        for name in ("vae_image_transform", "vit_image_transform"):
-            values[name] = self._transform(name, weights_name)
-        return BagelConfig(
+        config = BagelConfig(
             llm_config=self._decoder(gen=gen),
             visual_gen=gen,
             visual_und=und,
@@ -70,6 +68,23 @@ class Resolver:
             timestep_shift=self._default(model.number("timestep_shift"), BAGEL_7B.timestep_shift),
             **values,
         )
+        if not _has_released_sizes(config):
+            self._check_unstated()
+        return dataclasses.replace(
+            config,
+            vae_image_transform=self._transform("vae_image_transform", config, weights_name),
+            vit_image_transform=self._transform("vit_image_transform", config, weights_name),
+        )
+
+    def _check_unstated(self) -> None:
+        # The released values fit the released sizes; elsewhere a guess could draw wrong pictures without a word.
+        if self.stated.unreadable is not None:
+            raise CheckpointError(
+                f"{self.stated.unreadable}, and these are not the released 7B's sizes, whose values could stand in: "
+                "repair it, or delete it to use the defaults"
+            )
+        if self.stated.model.get("interpolate_pos") is None:
+            self.notes.append("no config.json says interpolate_pos: it is taken to be false, as in the released model")
 
     def _has_gen(self) -> bool:
         # A run trained for understanding only may keep idle gen experts, but never the glue around latents.
@@ -208,7 +223,7 @@ class Resolver:
             self._note(name, said, size)
         return max(size, 1)
 
-    def _transform(self, name: str, weights_name: str) -> ImageTransform:
+    def _transform(self, name: str, config: BagelConfig, weights_name: str) -> ImageTransform:
         stated = self.stated.model.part(name)
         if not stated.sources:
             if name == "vit_image_transform" and weights_name == ZEBRA_WEIGHTS:
@@ -217,12 +232,34 @@ class Resolver:
                     "write vit_image_transform into config.json for another"
                 )
                 return ZEBRA_VIT_TRANSFORM
-            return getattr(BAGEL_7B, name)
+            return self._fitted(name, config)
         values = {f.name: stated.integer(f.name) for f in dataclasses.fields(ImageTransform)}
         absent = [key for key in ("max_image_size", "min_image_size", "image_stride") if values[key] is None]
         if absent:
             raise CheckpointError(f"{stated.sources[0].label} does not say {', '.join(absent)}; add it")
         return ImageTransform(**{key: value[0] for key, value in values.items() if value is not None})
+
+    def _fitted(self, name: str, config: BagelConfig) -> ImageTransform:
+        """Return the released rule, cut down to what the model's own stride and position table take."""
+        rule: ImageTransform = getattr(BAGEL_7B, name)
+        if name == "vae_image_transform":
+            stride, side = config.latent_downsample, config.max_latent_size
+        elif config.vit_config is not None:
+            stride, side = config.vit_config.patch_size, config.vit_max_num_patch_per_side
+        else:
+            return rule
+        limit = max(rule.max_image_size // stride, 1) * stride
+        if not config.interpolate_pos:
+            limit = min(limit, side * stride)
+        fitted = dataclasses.replace(
+            rule, max_image_size=limit, min_image_size=min(rule.min_image_size, limit), image_stride=stride
+        )
+        if fitted != rule:
+            self.notes.append(
+                f"no config.json says {name}: the released rule is cut down to sides of {fitted.min_image_size} to "
+                f"{limit} pixels in steps of {stride}, so that pictures fit this model"
+            )
+        return fitted
 
     def _note(self, name: str, said: tuple[Any, str], actual: Any) -> None:
         self.notes.append(f"{said[1]} says {name} {said[0]}, the weights hold {actual}: the weights are right")
@@ -241,3 +278,19 @@ class Resolver:
             f"no file says {name}, and these are not the released 7B's sizes: add {file} with it to the folder, "
             "or name a folder that has it with base=..."
         )
+
+
+def _has_released_sizes(config: BagelConfig) -> bool:
+    """Whether the weights, as far as there are any of a part, have the sizes of the released 7B."""
+
+    def sizes(part: object, *names: str) -> list[object]:
+        return [getattr(part, name) for name in names]
+
+    layers = ("hidden_size", "intermediate_size", "num_hidden_layers")
+    same = sizes(config.llm_config, *layers, "vocab_size") == sizes(BAGEL_7B.llm_config, *layers, "vocab_size")
+    if config.vit_config is not None:
+        same &= sizes(config.vit_config, *layers, "patch_size") == sizes(BAGEL_7B.vit_config, *layers, "patch_size")
+        same &= config.vit_max_num_patch_per_side == BAGEL_7B.vit_max_num_patch_per_side
+    if config.visual_gen:
+        same &= config.max_latent_size == BAGEL_7B.max_latent_size
+    return same

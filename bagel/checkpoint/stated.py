@@ -83,28 +83,36 @@ def _is_object(source: Source, field: str) -> bool:
 
 @dataclass(frozen=True)
 class StatedFiles:
-    """The three JSON files of a folder (and of its base): the whole model, the decoder, the ViT; and what was odd."""
+    """The three JSON files of a folder (and of its base): the whole model, the decoder, the ViT; and what was odd.
+
+    `unreadable` says what is wrong with the `config.json` that would have been trusted most, None if it was read.
+    """
 
     model: Stated
     decoder: Stated
     vit: Stated
     notes: tuple[str, ...]
+    unreadable: str | None = None
 
 
 def read_stated(folder: Path, base: Path | None = None) -> StatedFiles:
     """Read `config.json`, `llm_config.json` and `vit_config.json` of a folder, then of its base.
 
-    An unreadable `config.json` is noted and passed over (re-uploads carry broken ones); the other two, where present,
-    must be JSON objects, else CheckpointError names the file.
+    An unreadable `config.json` is noted and passed over (re-uploads of the released model carry broken ones); the
+    other two, where present, must be JSON objects, else CheckpointError names the file.
     """
     notes: list[str] = []
+    unreadable: str | None = None
     model: list[Source] = []
     parts: dict[str, list[Source]] = {"llm_config": [], "vit_config": []}
     for place in (folder, base):
         if place is None:
             continue
         prefix = "" if place == folder else f"{place.name}/"
-        config = _read_config(place / "config.json", f"{prefix}config.json", notes)
+        config, trouble = _read_config(place / "config.json", f"{prefix}config.json")
+        if trouble is not None:
+            notes.append(f"{trouble}; it is passed over; what only it could say is as in the released model")
+            unreadable = unreadable if model else unreadable or trouble
         for name, sources in parts.items():
             own = _read_object(place / f"{name}.json")
             if own is not None:
@@ -114,17 +122,21 @@ def read_stated(folder: Path, base: Path | None = None) -> StatedFiles:
         if config is not None:
             model.append(config)
     return StatedFiles(
-        Stated(tuple(model)), Stated(tuple(parts["llm_config"])), Stated(tuple(parts["vit_config"])), tuple(notes)
+        model=Stated(tuple(model)),
+        decoder=Stated(tuple(parts["llm_config"])),
+        vit=Stated(tuple(parts["vit_config"])),
+        notes=tuple(notes),
+        unreadable=unreadable,
     )
 
 
-def _read_config(path: Path, label: str, notes: list[str]) -> Source | None:
+def _read_config(path: Path, label: str) -> tuple[Source | None, str | None]:
+    """Return what a `config.json` says, and what is wrong with it."""
     try:
         values = _read_object(path)
     except CheckpointError as error:
-        notes.append(f"{error}; it is passed over; what only it could say is as in the released model")
-        return None
-    return None if values is None else Source(label, values)
+        return None, str(error)
+    return None if values is None else Source(label, values), None
 
 
 def _read_object(path: Path) -> dict[str, Any] | None:

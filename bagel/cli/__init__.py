@@ -64,6 +64,10 @@ def _run(args: Namespace) -> None:
             from bagel.cli.folders import inspect
 
             inspect(args)
+        case "evaluate":
+            from bagel.cli.evaluate import evaluate
+
+            evaluate(args)
         case "demo":
             from bagel.cli.demo import demo
 

@@ -10,15 +10,19 @@ from typing import Any
 import bagel
 
 MODEL = "ByteDance-Seed/BAGEL-7B-MoT"
+BUILT_IN = "demo"
+"""What `--model` calls the model of `bagel.demo`."""
 
 EXAMPLES = {
     "": """examples:
   bagel demo
+  bagel text-to-image "a large red circle in the center" --model demo -o shape.png
   bagel text-to-image "a red circle on white" -o circle.png
   bagel edit circle.png --instruction "make it blue" -o blue.png
   bagel understand circle.png --question "What is this?"
   bagel chat
   bagel inspect checkpoints/BAGEL-7B-MoT
+  bagel evaluate --model demo
 
 bagel COMMAND --help tells the rest. BAGEL_MODEL names the model to use where --model does not.""",
     "text-to-image": """examples:
@@ -45,6 +49,10 @@ in the chat:
     "inspect": """examples:
   bagel inspect checkpoints/BAGEL-7B-MoT
   bagel inspect exported --verify""",
+    "evaluate": """examples:
+  bagel evaluate --model demo
+  bagel evaluate --model checkpoints/small --tasks t2i,edit --count 20 --save failed
+  bagel evaluate --model demo --dtype bfloat16 --taylorseer --steps 50 --json taylorseer.json""",
     "demo": """examples:
   bagel demo
   bagel demo --out pictures""",
@@ -77,7 +85,10 @@ def build_parser() -> ArgumentParser:
     inspect = _command(commands, "inspect", "tell what a checkpoint folder holds and what fits this machine")
     inspect.add_argument("folder", metavar="FOLDER", help="a checkpoint in the official layout")
     inspect.add_argument("--verify", action="store_true", help="also read every file and compare its checksum")
-    demo = _command(commands, "demo", "run all tasks on a small built-in model with random weights")
+    _evaluate(
+        _command(commands, "evaluate", "measure a model on the shapes world: how often it is right, task by task")
+    )
+    demo = _command(commands, "demo", "show every task on the small built-in model, in seconds")
     demo.add_argument("--out", metavar="DIR", default="out", help="where the pictures go (default: out)")
     return parser
 
@@ -127,6 +138,37 @@ def _understand(parser: ArgumentParser) -> None:
 
 def _chat(parser: ArgumentParser) -> None:
     _answer_options(parser)
+    _model(parser)
+
+
+def _evaluate(parser: ArgumentParser) -> None:
+    parser.add_argument("--count", metavar="N", type=_positive, default=100, help="examples a row (default: 100)")
+    parser.add_argument(
+        "--tasks",
+        metavar="LIST",
+        help="some of timing,t2i,wordings,new_pairs,guidance,caption,qa,edit,think,frames (default: all)",
+    )
+    parser.add_argument(
+        "--split", default="held_out", help="of the examples: held_out, new_pairs or train (default: held_out)"
+    )
+    parser.add_argument("--seed", metavar="N", type=int, default=0, help="of examples and noise (default: 0)")
+    parser.add_argument(
+        "--side", metavar="PIXELS", type=_positive, help="of the pictures (default: as large as the model draws)"
+    )
+    parser.add_argument("--batch-size", metavar="N", type=_positive, default=8, help="requests at a time (default: 8)")
+    parser.add_argument("--json", metavar="FILE", help="write all figures and every failure to a new file")
+    parser.add_argument("--save", metavar="DIR", help="leave the pictures of failures and a contact sheet of them here")
+    _option(
+        parser,
+        "--steps",
+        "--num-timesteps",
+        metavar="N",
+        type=_positive,
+        help="times of the flow, one more than evaluations (default: 25)",
+    )
+    _option(parser, "--cfg-text-scale", metavar="A", type=float, help="how strongly to follow the text (default: 4)")
+    _option(parser, "--taylorseer", action="store_true", help="predict most evaluations: faster, lossy")
+    parser.set_defaults(preset=None)
     _model(parser)
 
 
@@ -202,7 +244,8 @@ def _model(parser: ArgumentParser) -> None:
         "--model",
         metavar="SOURCE",
         default=os.environ.get("BAGEL_MODEL") or MODEL,
-        help=f"a checkpoint folder or Hub id (default: $BAGEL_MODEL, else {MODEL}, a download of 29 GB)",
+        help=f"a checkpoint folder, a Hub id, or {BUILT_IN}, the small built-in model (default: $BAGEL_MODEL, else "
+        f"{MODEL}, a download of 29 GB)",
     )
     group.add_argument("--device", help="cuda, cuda:1, cpu (default: a GPU if there is one)")
     group.add_argument("--dtype", help="bfloat16, float16 or float32 (default: what suits the device)")

@@ -1,71 +1,145 @@
-"""The command that shows everything on a small built-in model: `bagel demo`."""
+"""The command that shows what the built-in model can do: `bagel demo`."""
 
 from __future__ import annotations
 
+import time
 from argparse import Namespace
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
-from PIL import Image, ImageDraw
+import torch
+from PIL import Image, ImageOps
 
 import bagel
-from bagel.pipeline import BagelPipeline
-from bagel.png import save_numbered_png
+from bagel.cli.pictures import describe
+from bagel.cli.sheet import COLUMN, Tile, contact_sheet, enlarged
+from bagel.demo import CHECKPOINT
+from bagel.evaluation.measurement import largest_side
+from bagel.evaluation.motion import Motion
+from bagel.evaluation.scene import Scene, Shape
+from bagel.evaluation.tasks import NEXT_FRAME, SHOWN_FRAMES
+from bagel.options import make_options
+from bagel.pipeline import BagelPipeline, ImageResult
+from bagel.png import save_numbered_gif, save_numbered_png
 
-CHECKPOINT = Path(bagel.__file__).parent / "demo" / "checkpoint"
-RANDOM = (
-    "This small model has random weights: it has learned nothing, so its pictures are patterns of noise and its "
-    "answers are no words. What it shows is that every part runs."
+PROMPTS = (
+    "a large red circle in the center on a light blue background",
+    "a large orange triangle above a large purple square on a white background",
+    "two blue stars and a green diamond on a beige background",
 )
-PROMPTS = ("a red circle on white", "a small boat at sea", "three green squares")
-INSTRUCTION = "make the circle blue"
-QUESTION = "What is in the picture?"
-STEPS = 12
-MARGIN, CAPTION = 12, 22
+QUESTIONS = ("how big is the circle?", "what color is the triangle?", "how many stars are there?")
+EDITS = ("add a small yellow star at the top right", "make the background black")
+RIDDLE = "as many pink stars as a tricycle has wheels"
+MOTION = Motion(
+    scene=Scene((Shape("star", "purple", "medium", "center"),), "light green"),
+    direction="up and right",
+    start=(0.25, 0.75),
+    velocity=(0.055, -0.055),
+)
+DRAWING = {"num_timesteps": 25, "progress": False}
+THINKING = {"think": True, "max_think_tokens": 64}
+ANSWER_TOKENS = 32
+BORDER, GIVEN, PREDICTED = 6, "#b9b9b4", "#f08030"
+FRAME_SECONDS = 0.35
 
 
 def demo(args: Namespace) -> None:
-    """Draw, edit and ask on the built-in model, and leave the pictures and a contact sheet in a folder."""
+    """Draw, ask, edit, think and predict with the built-in model; leave pictures, a film and a contact sheet."""
     folder = Path(args.out).expanduser()
     folder.mkdir(parents=True, exist_ok=True)
-    print(RANDOM)
-    pipe = BagelPipeline.from_pretrained(CHECKPOINT, device="cpu")
-    drawn = pipe.text_to_image(PROMPTS, height=192, width=256, num_timesteps=STEPS, seed=[1, 2, 3])
-    tiles = [(result.image, prompt) for prompt, result in zip(PROMPTS, drawn, strict=True)]
-    photo = input_picture()
-    edited = pipe.edit(photo, INSTRUCTION, num_timesteps=STEPS, seed=4)
-    tiles += [(photo, "an input picture"), (edited.image, INSTRUCTION)]
-    answer = pipe.understand(photo, QUESTION, max_new_tokens=24)
-    print(f"{QUESTION} {answer.text}")
-    for stem, (image, prompt) in zip(("draw", "draw", "draw", "input", "edit"), tiles, strict=True):
-        print(save_numbered_png(image, folder, stem, _info(prompt)))
-    sheet = contact_sheet(tiles)
-    print(save_numbered_png(sheet, folder, "contact-sheet", _info("all of them")))
+    with _one_thread():
+        _show(folder)
 
 
-def input_picture() -> Image.Image:
-    """Return a picture to edit and ask about: a red circle and a green square, 256 x 192."""
-    image = Image.new("RGB", (256, 192), "white")
-    draw = ImageDraw.Draw(image)
-    draw.ellipse((24, 40, 136, 152), fill="#d33")
-    draw.rectangle((160, 80, 232, 152), fill="#2a5")
-    return image
+def _show(folder: Path) -> None:
+    with _timed("loaded the built-in model, a small BAGEL trained on coloured shapes"):
+        pipe = BagelPipeline.from_pretrained(CHECKPOINT, device="cpu")
+    drawn = _draw(pipe, folder)
+    changed = [*_edit(pipe, folder, drawn[0].picture), _think(pipe, folder)]
+    sheet = contact_sheet("What the built-in model draws", [drawn, changed, _predict(pipe, folder)])
+    info = {"model": "demo", "software": f"bagel-mot {bagel.__version__}"}
+    print(save_numbered_png(sheet, folder, "contact-sheet", info))
 
 
-def contact_sheet(tiles: list[tuple[Image.Image, str]]) -> Image.Image:
-    """Return all pictures side by side in rows of three, each over its caption."""
-    columns = 3
-    rows = -(-len(tiles) // columns)
-    width = max(image.width for image, _ in tiles) + MARGIN
-    height = max(image.height for image, _ in tiles) + CAPTION + MARGIN
-    sheet = Image.new("RGB", (columns * width + MARGIN, rows * height + MARGIN + CAPTION), "white")
-    draw = ImageDraw.Draw(sheet)
-    for index, (image, caption) in enumerate(tiles):
-        x, y = MARGIN + index % columns * width, MARGIN + index // columns * height
-        sheet.paste(image, (x, y))
-        draw.text((x, y + image.height + 4), caption, fill="black")
-    draw.text((MARGIN, sheet.height - CAPTION), "Random weights: drawn pictures are patterns of noise.", fill="black")
-    return sheet
+def _draw(pipe: BagelPipeline, folder: Path) -> list[Tile]:
+    """Draw from each prompt, then ask about each picture."""
+    with _timed("drew three pictures"):
+        results = pipe.text_to_image(PROMPTS, seed=[1, 2, 3], **DRAWING)
+    with _timed("answered three questions about them"):
+        pictures = [result.image for result in results]
+        answers = pipe.understand(pictures, QUESTIONS, max_new_tokens=ANSWER_TOKENS)
+    tiles = []
+    for prompt, result, question, answer in zip(PROMPTS, results, QUESTIONS, answers, strict=True):
+        said = prompt, f"asked: {question}", f"answered: {answer.text}"
+        print("  " + "\n    ".join(said))
+        _save(result, folder, "draw", prompt)
+        tiles.append(Tile(result.image, "drawn", said))
+    return tiles
 
 
-def _info(prompt: str) -> dict[str, str]:
-    return {"prompt": prompt, "model": "demo, random weights", "software": f"bagel-mot {bagel.__version__}"}
+def _edit(pipe: BagelPipeline, folder: Path, picture: Image.Image) -> list[Tile]:
+    """Change a picture, and what comes out again."""
+    tiles = []
+    with _timed("edited the first picture twice"):
+        for seed, instruction in enumerate(EDITS, 4):
+            result = pipe.edit(picture, instruction, seed=seed, **DRAWING)
+            _save(result, folder, "edit", instruction)
+            tiles.append(Tile(result.image, "edited again" if tiles else "edited", (instruction,)))
+            picture = result.image
+    print("\n".join(f"  {instruction}" for instruction in EDITS))
+    return tiles
+
+
+def _think(pipe: BagelPipeline, folder: Path) -> Tile:
+    """Draw what has to be worked out first."""
+    with _timed("thought, then drew"):
+        result = pipe.text_to_image(RIDDLE, seed=6, **THINKING, **DRAWING)
+    _save(result, folder, "think", RIDDLE)
+    said = RIDDLE, f"plan: {result.text}"
+    print("  " + "\n    ".join(said))
+    return Tile(result.image, "thought about, then drawn", said)
+
+
+def _predict(pipe: BagelPipeline, folder: Path) -> list[Tile]:
+    """Continue a motion, each predicted frame an input of the next, and leave it as an animated picture."""
+    truth = MOTION.frames(side=largest_side(pipe))
+    given, missing = truth[:SHOWN_FRAMES], len(truth) - SHOWN_FRAMES
+    predicted: list[Image.Image] = []
+    with _timed(f"predicted {missing} frames from {len(given)}"):
+        for seed in range(7, 7 + missing):
+            last = [*given, *predicted][-SHOWN_FRAMES:]
+            predicted.append(pipe.edit(last, NEXT_FRAME, seed=seed, **DRAWING).image)
+    film = [_framed(frame, GIVEN) for frame in given] + [_framed(frame, PREDICTED) for frame in predicted]
+    print(save_numbered_gif(film, folder, "next-frames", seconds=FRAME_SECONDS))
+    return [Tile(frame, "given") for frame in given] + [Tile(frame, "predicted") for frame in predicted]
+
+
+def _framed(picture: Image.Image, color: str) -> Image.Image:
+    return ImageOps.expand(enlarged(picture, COLUMN), BORDER, color)
+
+
+def _save(result: ImageResult, folder: Path, stem: str, prompt: str) -> None:
+    task = "edit" if stem == "edit" else "text_to_image"
+    options = make_options(task, "image", {**DRAWING, **(THINKING if stem == "think" else {})})
+    info = describe(result, prompt, options, task=task.replace("_", "-"), model="demo")
+    save_numbered_png(result.image, folder, stem, info)
+
+
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    """Keep to one thread: a model this small gains little from more, and on busy cores they wait for each other."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+
+
+@contextmanager
+def _timed(what: str) -> Iterator[None]:
+    """Print what was done and how long it took, when it is done."""
+    start = time.perf_counter()
+    yield
+    print(f"{what}: {time.perf_counter() - start:.1f} s", flush=True)

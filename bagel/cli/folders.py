@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from argparse import Namespace
 
-from bagel.checkpoint import CheckpointError, inspect_checkpoint, verify_checksums
+from bagel.checkpoint import inspect_checkpoint, verify_checksums
 
 
 def inspect(args: Namespace) -> None:
@@ -12,7 +12,4 @@ def inspect(args: Namespace) -> None:
     print(inspect_checkpoint(args.folder))
     if not args.verify:
         return
-    names = verify_checksums(args.folder)
-    if not names:
-        raise CheckpointError(f"{args.folder} has no SHA256SUMS to verify its files with; exports of this library do")
-    print(f"\n{len(names)} files match SHA256SUMS")
+    print(f"\n{len(verify_checksums(args.folder))} files match SHA256SUMS")

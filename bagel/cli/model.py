@@ -9,8 +9,9 @@ from collections.abc import Sequence
 from PIL import Image
 
 from bagel.attention import check_backend
-from bagel.cli.arguments import given_options
+from bagel.cli.arguments import BUILT_IN, given_options
 from bagel.cli.errors import UsageError
+from bagel.demo import CHECKPOINT
 from bagel.image import open_image
 from bagel.loading import choose_device, choose_dtype
 from bagel.options import Options, Output, make_options
@@ -27,7 +28,7 @@ def check_options(args: Namespace, task: str, output: Output) -> Options:
         check_backend(args.attention)
         choose_dtype(args.dtype, choose_device(args.device))
         return make_options(task, output, given_options(args), preset=args.preset)
-    except (ValueError, TypeError, RuntimeError) as error:  # RuntimeError: torch does not know the device
+    except (ValueError, TypeError) as error:
         raise UsageError(str(error)) from error
 
 
@@ -37,10 +38,10 @@ def open_images(paths: Sequence[str]) -> list[Image.Image]:
 
 
 def load(args: Namespace, *, draws: bool) -> BagelPipeline:
-    """Return the model that was asked for, without its generating half if it need not draw."""
+    """Return the model that was asked for, without its generating half if it need not draw; "demo" is built in."""
     print(f"loading {args.model}", file=sys.stderr)
     return BagelPipeline.from_pretrained(
-        args.model,
+        CHECKPOINT if args.model == BUILT_IN else args.model,
         device=args.device,
         dtype=args.dtype,
         attention=args.attention,

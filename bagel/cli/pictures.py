@@ -61,6 +61,7 @@ class Destination:
     Raises:
         UsageError: several pictures for one file, or a file that is no PNG.
         FileExistsError: the file exists already.
+        PermissionError: it could not be written there.
     """
 
     def __init__(self, output: str, *, pictures: int, force: bool) -> None:
@@ -71,8 +72,10 @@ class Destination:
             self._check_file(pictures)
         elif self.path.exists() and not self.path.is_dir():
             raise FileExistsError(f"{self.path} is a file, so no folder for pictures; choose another name with -o")
-        folder = self.path if self.is_folder else self.path.parent
-        folder.mkdir(parents=True, exist_ok=True)
+        self.folder = self.path if self.is_folder else self.path.parent
+        there = next(folder for folder in (self.folder, *self.folder.parents) if folder.exists())
+        if not there.is_dir() or not os.access(there, os.W_OK):
+            raise PermissionError(f"{there} is no folder that may be written to; choose another place with -o")
 
     def _check_file(self, pictures: int) -> None:
         if self.path.suffix.lower() != ".png":
@@ -85,7 +88,8 @@ class Destination:
             raise FileExistsError(f"{self.path} exists; choose another name with -o, or replace it with --force")
 
     def save(self, result: ImageResult, info: dict[str, str]) -> Path:
-        """Write a picture and return where it is."""
+        """Write a picture and return where it is; its folder is made for the first one."""
+        self.folder.mkdir(parents=True, exist_ok=True)
         if self.is_folder:
             return save_numbered_png(result.image, self.path, "bagel", info)
         return save_png(result.image, self.path, info, overwrite=self.force)
@@ -128,7 +132,10 @@ def _prompts(args: Namespace) -> list[str]:
     if args.prompts_file == "-":
         prompts += [line.strip() for line in sys.stdin if line.strip()]
     elif args.prompts_file is not None:
-        lines = Path(args.prompts_file).read_text(encoding="utf-8-sig").splitlines()
+        try:
+            lines = Path(args.prompts_file).read_text(encoding="utf-8-sig").splitlines()
+        except UnicodeDecodeError as error:
+            raise UsageError(f"{args.prompts_file} is no text in UTF-8 ({error}); save it as UTF-8") from error
         prompts += [line.strip() for line in lines if line.strip()]
     if not prompts:
         raise UsageError("there is nothing to draw: give a prompt, or a --prompts-file with one prompt a line")

@@ -121,12 +121,16 @@ def _place(center: Point, side: int) -> str:
 
 
 def _soft_mask(pixels: np.ndarray, blob: np.ndarray, others: np.ndarray, ground: np.ndarray) -> tuple:
-    """Estimate a blob's colour (3,) and its share of each pixel (side, side), noise included."""
+    """Estimate a blob's colour (3,) and its share of each pixel (side, side), noise included.
+
+    Where the pixels are no mix of one colour and the background, in a motley drawing, the share is the blob itself.
+    """
     distance = np.linalg.norm(pixels - ground, axis=-1)
     core = blob & (distance >= np.quantile(distance[blob], CORE))
     ink = np.median(pixels[core], axis=0)
-    mix = (pixels - ground) @ (ink - ground) / np.sum((ink - ground) ** 2)
-    return ink, np.where(_dilate(blob, 2) & ~_dilate(others, 1), mix, 0)
+    mix = (pixels - ground) @ (ink - ground) / max(np.sum((ink - ground) ** 2), 1.0)
+    mask = np.where(_dilate(blob, 2) & ~_dilate(others, 1), mix, 0)
+    return ink, mask if mask.sum() >= blob.sum() / 4 else blob.astype(np.float64)
 
 
 def _blurred(mask: np.ndarray) -> np.ndarray:

@@ -79,18 +79,32 @@ class Bagel(nn.Module):
     def embed_patches(self, patches: Tensor, position_ids: Tensor, lengths: tuple[int, ...]) -> Tensor:
         """Return ViT tokens (n, H) of packed patches (n, 588): encoder, connector, sin-cos position."""
         if not self.config.visual_und:
-            raise MissingHalfError("this model was built without its vision half: it cannot see pictures")
+            raise MissingHalfError(
+                "this model was built without its vision half: it cannot see pictures; build it with visual_und=True"
+            )
         features = self.connector(self.vit(patches, position_ids, lengths))
         return (features + self.vit_pos_embed(position_ids)).to(self.decoder.residual_dtype)
 
     def embed_latents(self, latents: Tensor, position_ids: Tensor, timesteps: Tensor) -> Tensor:
         """Return latent tokens (n, H) of latents (n, P) at times (n,) in [0, 1]."""
         if not self.config.visual_gen:
-            raise MissingHalfError("this model was built without its generating half: it cannot draw or edit")
+            raise MissingHalfError(
+                "this model was built without its generating half: it cannot draw or edit; build it with "
+                "visual_gen=True"
+            )
         return self.latent_tokens(latents, self.time_embedder(timesteps), self.latent_pos_embed(position_ids))
 
     def latent_tokens(self, latents: Tensor, times: Tensor, positions: Tensor) -> Tensor:
-        """Return latent tokens (n, H) from latents (n, P) and the embeddings of their times and positions."""
+        """Return latent tokens (n, H) from latents (n, P) and the embeddings of their times and positions.
+
+        Raises:
+            ValueError: latents of another width than P.
+        """
+        width = self.config.patch_latent_dim
+        if latents.ndim != 2 or latents.shape[1] != width:
+            raise ValueError(
+                f"latents must have shape (n, {width}), got {tuple(latents.shape)}; see `bagel.image.patchify`"
+            )
         tokens = _linear_float32(latents, self.vae2llm) + times + positions
         return tokens.to(self.decoder.residual_dtype)
 
@@ -126,14 +140,20 @@ class Bagel(nn.Module):
 
         Returns:
             Both streams (Tu, H), (Tg, H) as they leave the last layer, not yet normed.
+
+        Raises:
+            ValueError: another number of contexts than of samples, latents of a wrong width.
+            MissingHalfError: a picture for which the model lacks the half.
         """
+        if contexts is not None and len(contexts) != len(packed.samples):
+            raise ValueError(f"{len(packed.samples)} packed samples need as many contexts, got {len(contexts)}")
         if attend is None:
             attend = plan_packed(packed, contexts=contexts, device=self.device, backend=attention)
         rotary = self.decoder.rotary(packed.und_positions), self.decoder.rotary(packed.gen_positions)
         return self.decoder(self.embed(packed), rotary, attend)
 
     def prefill(self, packed: Packed, contexts: list[Context], *, attention: str = "sdpa") -> Streams:
-        """Append every sample to its context; same arguments and result as calling the model.
+        """Append every sample to its context; same arguments, result and errors as calling the model.
 
         A sample of several segments is kept as [und tokens | gen tokens]; so only where one `prefill` ends and the
         next begins is a shorter view of the context a prefix of the sequence.

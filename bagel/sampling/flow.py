@@ -18,6 +18,7 @@ class FlowStep:
 
     `index` counts evaluations from 0 to `num_steps` - 1; `t` in (0, 1]; `latents` (n, P) float32 are x at time t,
     before the step; `velocity` (n, P) float32 is what the step uses, after guidance. `picture` counts within a batch.
+    Both tensors are the flow's own: an observer must not change them.
     """
 
     index: int

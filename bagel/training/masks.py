@@ -1,0 +1,184 @@
+"""Attention over a whole packed batch at once: padded dense masks, or one block mask for flex attention.
+
+Both follow the one rule of `bagel.training.batch.Layout` and serve as `bagel.modeling.mot.Attend`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, Literal, Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+
+from bagel.modeling.layers import Heads
+from bagel.training.batch import Layout
+
+Kind = Literal["dense", "flex"]
+STEP = 16
+"""Dense lengths are multiples of this: what the fused kernels like."""
+KERNELS = [SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
+"""Kernels that need no plan for each new shape: cuDNN's takes longer to plan than to run at these sizes."""
+BLOCK = 128
+"""Side of a flex block."""
+
+
+class Attention(Protocol):
+    """What both kinds are: see `bagel.modeling.mot.Attend`."""
+
+    def __call__(self, layer: int, und: Heads, gen: Heads) -> tuple[Tensor, Tensor]:
+        """Return what the und tokens and the gen tokens gather."""
+        ...
+
+
+class DenseAttention:
+    """Every sample padded to the longest of its bucket, with a dense mask: best for many short samples.
+
+    Samples are sorted into buckets of lengths up to STEP, 2 STEP, 4 STEP, ..., each one call of torch's fused attention
+    over a batch. No token is summed into another by more than one writer, so results repeat bit for bit.
+
+    Args:
+        layout: on the device.
+        dtype: type of queries, keys and values.
+    """
+
+    def __init__(self, layout: Layout, *, dtype: torch.dtype) -> None:
+        self.buckets: list[tuple[int, int]] = []
+        sizes = [STEP << max(0, -(-length // STEP) - 1).bit_length() for length in layout.lengths]
+        starts, total = [0] * len(sizes), 0
+        for size in sorted(set(sizes)):
+            own = [index for index, other in enumerate(sizes) if other == size]
+            width = -(-max(layout.lengths[index] for index in own) // STEP) * STEP
+            for place, index in enumerate(own):
+                starts[index] = total + place * width
+            self.buckets.append((len(own), width))
+            total += len(own) * width
+        self.total = total
+        slots = self._slots(layout, starts)
+        self.masks = self._masks(layout, slots, dtype)
+        self.places = torch.empty_like(slots).index_copy(0, layout.rows, slots)  # of every row of [und | gen]
+
+    @staticmethod
+    def _slots(layout: Layout, starts: list[int]) -> Tensor:
+        """Place of every token, in sequence order, in the padded buckets laid end to end."""
+        lengths = torch.tensor(layout.lengths)
+        offset = torch.tensor(starts) - (lengths.cumsum(0) - lengths)
+        device = layout.rows.device
+        if device.type == "cuda":  # from page-locked memory, so that the copy does not wait for the GPU
+            offset = offset.pin_memory()
+        offset = offset.to(device, non_blocking=True)
+        return torch.arange(layout.rows.shape[0], device=device) + offset[layout.sample.long()]
+
+    def _masks(self, layout: Layout, slots: Tensor, dtype: torch.dtype) -> list[Tensor]:
+        """Additive masks (B, 1, L, L) of the buckets: made once here, not once a layer."""
+
+        def padded(values: Tensor, fill: int) -> Tensor:
+            return values.new_full((self.total,), fill).index_copy(0, slots, values)
+
+        # Padding is a split of its own that none sees from outside, and that sees itself lest a softmax be empty.
+        split, noise, causal = padded(layout.split, -1), padded(layout.noise, 1), padded(layout.causal, 0)
+        masks, start = [], 0
+        for count, width in self.buckets:
+            here = slice(start, start + count * width)
+            s, n, c = (values[here].view(count, width) for values in (split, noise, causal))
+            index = torch.arange(width, device=s.device)
+            earlier = (s[:, :, None] > s[:, None, :]) & ~n[:, None, :]
+            within = (s[:, :, None] == s[:, None, :]) & (~c[:, :, None] | (index[:, None] >= index))
+            mask = torch.zeros((count, 1, width, width), dtype=dtype, device=s.device)
+            masks.append(mask.masked_fill_(~(earlier | within)[:, None], float("-inf")))
+            start += count * width
+        return masks
+
+    def __call__(self, layer: int, und: Heads, gen: Heads) -> tuple[Tensor, Tensor]:
+        """Return what the und tokens (Tu, Hq, D) and the gen tokens (Tg, Hq, D) gather."""
+        heads, kv_heads = und[0].shape[1], und[1].shape[1]
+        joined = torch.cat([torch.cat(und, dim=1), torch.cat(gen, dim=1)])  # (T, Hq + 2 Hkv, D)
+        padded = joined.new_zeros((self.total, *joined.shape[1:])).index_copy(0, self.places, joined)
+        outs = []
+        # Split, not sliced: the gradients of slices would each be padded with zeros to the whole.
+        parts = padded.split([count * width for count, width in self.buckets])
+        for part, (count, width), mask in zip(parts, self.buckets, self.masks, strict=True):
+            part = part.unflatten(0, (count, width)).transpose(1, 2)
+            q, k, v = part.split([heads, kv_heads, kv_heads], dim=1)  # (B, H, L, D)
+            if heads != kv_heads:  # the fused kernel that takes masks wants as many keys as queries
+                k, v = (x.repeat_interleave(heads // kv_heads, dim=1) for x in (k, v))
+            with sdpa_kernel(KERNELS):
+                out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+            outs.append(out.transpose(1, 2).flatten(0, 1))
+        seen = torch.cat(outs).index_select(0, self.places)
+        und_seen, gen_seen = seen.split([und[0].shape[0], gen[0].shape[0]])
+        return und_seen, gen_seen
+
+
+class FlexAttention:
+    """One block-sparse mask over the whole batch, in the order [und stream | gen stream]: best for long samples.
+
+    Args:
+        layout: on the device.
+        compiled: compile the kernel, as a GPU needs; a CPU runs it as it is, without gradients, for tests.
+    """
+
+    def __init__(self, layout: Layout, *, compiled: bool) -> None:
+        count = layout.rows.shape[0]
+        self.padding = -count % BLOCK
+        device = layout.rows.device
+        order = torch.argsort(layout.rows)  # sequence index of every row
+
+        def padded(values: Tensor, fill: int) -> Tensor:
+            return F.pad(values[order].int(), (0, self.padding), value=fill)
+
+        sample, split = padded(layout.sample, -1), padded(layout.split, 0)
+        noise, causal = padded(layout.noise, 0), padded(layout.causal, 0)
+        index = F.pad(order.int(), (0, self.padding))
+
+        def visible(batch: Tensor, head: Tensor, q: Tensor, k: Tensor) -> Tensor:
+            earlier = (split[q] > split[k]) & (noise[k] == 0)
+            within = (split[q] == split[k]) & ((causal[q] == 0) | (index[q] >= index[k]))
+            return (sample[q] == sample[k]) & (earlier | within)
+
+        length = count + self.padding
+        make: Callable[..., Any] = _compiled(create_block_mask) if compiled else create_block_mask
+        self.mask = make(visible, None, None, length, length, device=device, BLOCK_SIZE=BLOCK)
+        self.kernel: Callable[..., Any] = _compiled(flex_attention) if compiled else flex_attention
+
+    def __call__(self, layer: int, und: Heads, gen: Heads) -> tuple[Tensor, Tensor]:
+        """Return what the und tokens (Tu, Hq, D) and the gen tokens (Tg, Hq, D) gather."""
+        q, k, v = (
+            F.pad(torch.cat([a, b]), (0, 0, 0, 0, 0, self.padding)).transpose(0, 1)[None]  # (1, H, T, D)
+            for a, b in zip(und, gen, strict=True)
+        )
+        out = self.kernel(q, k, v, block_mask=self.mask, enable_gqa=q.shape[1] != k.shape[1])
+        out = out[0].transpose(0, 1)
+        und_seen, gen_seen, _ = out.split([und[0].shape[0], gen[0].shape[0], self.padding])
+        return und_seen, gen_seen
+
+
+_KERNELS: dict[Callable[..., Any], Callable[..., Any]] = {}
+
+
+def _compiled(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Compile a function once in a process, for lengths that change from batch to batch."""
+    if function not in _KERNELS:
+        _KERNELS[function] = torch.compile(function, dynamic=True)
+    return _KERNELS[function]
+
+
+def attention_of(layout: Layout, *, kind: Kind, dtype: torch.dtype) -> Attention:
+    """Return the attention of a batch whose layout is on the device.
+
+    Args:
+        layout: of the batch.
+        kind: "dense" or "flex".
+        dtype: type of queries, keys and values.
+
+    Raises:
+        ValueError: another kind.
+    """
+    if kind == "dense":
+        return DenseAttention(layout, dtype=dtype)
+    if kind == "flex":
+        return FlexAttention(layout, compiled=layout.rows.device.type == "cuda")
+    raise ValueError(f"attention must be 'dense' or 'flex', got {kind!r}")

@@ -1,0 +1,302 @@
+"""From what a sample says (texts and pictures, with losses and dropout) to the segments that are packed.
+
+An *item* is one piece of a sample as its author means it; `build` turns a list of items into segments by the rules of
+training: the labels of a text, the time of a picture, which conditions are dropped. Latents stay clean here: noise is
+mixed in on the device, where it costs nothing (`bagel.training.batch.noised`).
+"""
+
+from __future__ import annotations
+
+import math
+import random
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from bagel.config import BagelConfig
+from bagel.image import open_image, patch_positions, patchify, prepare_input
+from bagel.packing import IGNORE, DroppedImage, Frames, LatentImage, Segment, Text, ViTImage
+from bagel.tokenizer import Tokenizer
+
+
+@dataclass(frozen=True)
+class TextItem:
+    """A text, without bos and eos.
+
+    Args:
+        ids: its token ids.
+        loss: learn to write it.
+        droppable: a condition that is left out now and then, for classifier-free guidance.
+        special_label: with `loss`, the id that the closing eos should predict: what follows the text.
+    """
+
+    ids: Sequence[int]
+    loss: bool = False
+    droppable: bool = False
+    special_label: int | None = None
+
+
+@dataclass(frozen=True)
+class ViTItem:
+    """A picture to look at.
+
+    Args:
+        patches: (n, patch values), float in [-1, 1] or uint8 in [0, 255].
+        position_ids: (n,) long, see `bagel.image.patch_positions`.
+        droppable: as for `TextItem`.
+        special_label: the id that the closing image token should predict.
+    """
+
+    patches: Tensor
+    position_ids: Tensor
+    droppable: bool = False
+    special_label: int | None = None
+
+
+@dataclass(frozen=True)
+class LatentItem:
+    """A picture as autoencoder latents: a clean condition, or with `loss` the target.
+
+    Args:
+        content: latent tokens (n, P) as `Autoencoder.encode` and `patchify` make them, or pixels (3, H, W), float in
+            [-1, 1] or uint8 in [0, 255], to be encoded on the device.
+        position_ids: (n,) long, cells of the latent grid.
+        loss: learn to draw it.
+        droppable: as for `TextItem`.
+        special_label: the id that the closing image token should predict.
+    """
+
+    content: Tensor
+    position_ids: Tensor
+    loss: bool = False
+    droppable: bool = False
+    special_label: int | None = None
+
+
+@dataclass(frozen=True)
+class FramesItem:
+    """Frames of one video: one full-attention split, and one time for all frames that have a loss.
+
+    Args:
+        images: the frames, in order.
+        deltas: rotary distance from each frame to the next; one fewer than frames.
+    """
+
+    images: tuple[LatentItem, ...]
+    deltas: tuple[int, ...]
+
+
+Item = TextItem | ViTItem | LatentItem | FramesItem
+
+
+@dataclass(frozen=True)
+class PixelImage(LatentImage):
+    """Latents that are not there yet: `latents` is a stand-in of the right shape until `pixels` are encoded."""
+
+    pixels: Tensor = field(default_factory=lambda: torch.empty(0))
+
+
+@dataclass(frozen=True)
+class Dropout:
+    """How often a droppable condition is left out."""
+
+    text: float = 0.1
+    vae: float = 0.3
+    vit: float = 0.3
+
+
+@dataclass(frozen=True)
+class Rules:
+    """What turns items into segments.
+
+    Args:
+        bos: id that opens a text.
+        eos: id that closes it.
+        latent_dim: values of one latent token.
+        timestep_shift: the model's; 1 leaves the drawn times as they are.
+        dropout: how often droppable items are dropped.
+        weight_by_length: weigh each label of a text by 1 / sqrt(its number of labels), instead of 1.
+    """
+
+    bos: int
+    eos: int
+    latent_dim: int
+    timestep_shift: float = 1.0
+    dropout: Dropout = Dropout()
+    weight_by_length: bool = False
+
+    @classmethod
+    def of(
+        cls,
+        config: BagelConfig,
+        tokenizer: Tokenizer,
+        *,
+        dropout: Dropout = Dropout(),
+        weight_by_length: bool = False,
+    ) -> Rules:
+        """Return the rules of a model and its tokenizer."""
+        return cls(
+            bos=tokenizer.bos_id,
+            eos=tokenizer.eos_id,
+            latent_dim=config.patch_latent_dim,
+            timestep_shift=config.timestep_shift,
+            dropout=dropout,
+            weight_by_length=weight_by_length,
+        )
+
+
+def timestep(u: float, shift: float) -> float:
+    """Return the time sigmoid(u), shifted towards noise: s t / (1 + (s - 1) t)."""
+    t = 1 / (1 + math.exp(-u)) if u > -700 else 0.0
+    return shift * t / (1 + (shift - 1) * t)
+
+
+def build(
+    items: Sequence[Item], rules: Rules, rng: random.Random, *, draw: Callable[[], float] | None = None
+) -> list[Segment]:
+    """Turn the items of one sample into segments.
+
+    Args:
+        items: in order.
+        rules: see `Rules`.
+        rng: decides which droppable items are dropped, and the times.
+        draw: gives u of the next target in order, its time being sigmoid(u); standard normal from `rng` by default.
+
+    Raises:
+        ValueError: an item that contradicts itself; the message says how.
+    """
+    draw = draw or (lambda: rng.gauss(0.0, 1.0))
+    segments: list[Segment] = []
+    for item in items:
+        if isinstance(item, FramesItem):
+            t = timestep(draw(), rules.timestep_shift) if any(image.loss for image in item.images) else 0.0
+            frames = tuple(_latents(image, rules, t if image.loss else 0.0) for image in item.images)
+            segments.append(Frames(frames, item.deltas))
+        elif _dropped(item, rules.dropout, rng):
+            # A picture left out still takes its rotary position; a text leaves no trace.
+            segments += [] if isinstance(item, TextItem) else [DroppedImage()]
+        elif isinstance(item, TextItem):
+            segments.append(_text(item, rules))
+        elif isinstance(item, ViTItem):
+            segments.append(ViTImage(item.patches, item.position_ids, item.special_label))
+        else:
+            segments.append(_latents(item, rules, timestep(draw(), rules.timestep_shift) if item.loss else 0.0))
+    return segments
+
+
+def _dropped(item: TextItem | ViTItem | LatentItem, dropout: Dropout, rng: random.Random) -> bool:
+    if not item.droppable:
+        return False
+    if isinstance(item, ViTItem):
+        return rng.random() < dropout.vit
+    if item.loss:
+        raise ValueError(f"a {type(item).__name__} with loss=True cannot be droppable: only conditions are dropped")
+    return rng.random() < (dropout.text if isinstance(item, TextItem) else dropout.vae)
+
+
+def _text(item: TextItem, rules: Rules) -> Text:
+    ids = torch.tensor([rules.bos, *item.ids, rules.eos])
+    if not item.loss:
+        if item.special_label is not None:
+            raise ValueError("a text with special_label needs loss=True")
+        return Text(ids)
+    last = IGNORE if item.special_label is None else item.special_label
+    labels = torch.tensor([*item.ids, rules.eos, last])
+    if not rules.weight_by_length:
+        return Text(ids, labels)
+    weights = torch.full(ids.shape, (len(item.ids) + 1) ** -0.5)
+    weights[-1] = 1.0
+    return Text(ids, labels, weights)
+
+
+def _latents(item: LatentItem, rules: Rules, t: float) -> LatentImage:
+    cells = item.position_ids
+    tokens = item.content if item.content.ndim == 2 else torch.zeros(cells.shape[0], rules.latent_dim)
+    # The clean latents stand in for the target, too, until noise is mixed in.
+    velocity = tokens if item.loss else None
+    if item.content.ndim == 2:
+        return LatentImage(tokens, cells, t, item.loss, velocity, item.special_label)
+    return PixelImage(tokens, cells, t, item.loss, velocity, item.special_label, item.content)
+
+
+class ItemMaker:
+    """Makes items of texts and PIL pictures for one model: tokenised, resized by its rules, cut into patches.
+
+    Pixels and patches are kept in 8 bits: a quarter of the bytes on their way to the device.
+
+    Args:
+        config: the model's.
+        tokenizer: the model's.
+    """
+
+    def __init__(self, config: BagelConfig, tokenizer: Tokenizer) -> None:
+        self.config = config
+        self.tokenizer = tokenizer
+        self._cells: dict[tuple[int, int, int], Tensor] = {}
+
+    def text(
+        self, text: str, *, loss: bool = False, droppable: bool = False, special_label: int | None = None
+    ) -> TextItem:
+        """Return a text item."""
+        return TextItem(self.tokenizer.encode(text), loss, droppable, special_label)
+
+    def vit(self, image: Image.Image, *, droppable: bool = False) -> ViTItem:
+        """Return what the ViT sees of a picture."""
+        return self.condition(image, droppable=droppable)[1]
+
+    def latent(self, image: Image.Image, *, loss: bool = False, droppable: bool = False) -> LatentItem:
+        """Return the pixels of a picture for the autoencoder."""
+        config = self.config
+        vit_rule = config.vae_image_transform  # what the ViT would see is not looked at
+        prepared = prepare_input(
+            open_image(image), vae_rule=config.vae_image_transform, vit_rule=vit_rule, patch_size=1
+        )
+        return self._latent(prepared.vae_pixels, loss=loss, droppable=droppable)
+
+    def condition(self, image: Image.Image, *, droppable: bool = True) -> tuple[LatentItem, ViTItem]:
+        """Return both views of an input picture, in the order in which a model gets them."""
+        config = self.config
+        if config.vit_config is None:
+            raise ValueError("this model has no vision half: it cannot be trained on pictures to look at")
+        prepared = prepare_input(
+            open_image(image),
+            vae_rule=config.vae_image_transform,
+            vit_rule=config.vit_image_transform,
+            patch_size=config.vit_config.patch_size,
+        )
+        cells = self._grid(*prepared.vit_grid, config.vit_max_num_patch_per_side)
+        seen = ViTItem(_to_bytes(prepared.vit_patches), cells, droppable)
+        return self._latent(prepared.vae_pixels, loss=False, droppable=droppable), seen
+
+    def frames(self, images: Sequence[Image.Image], deltas: Sequence[int], *, loss: bool = True) -> FramesItem:
+        """Return the frames of a video as one split."""
+        return FramesItem(tuple(self.latent(image, loss=loss) for image in images), tuple(deltas))
+
+    def _latent(self, pixels: Tensor, *, loss: bool, droppable: bool) -> LatentItem:
+        step = self.config.latent_downsample
+        height, width = pixels.shape[1:]
+        if height % step or width % step:
+            raise ValueError(
+                f"a picture of {width}x{height} pixels does not divide into latent tokens of {step} pixels"
+            )
+        cells = self._grid(height // step, width // step, self.config.max_latent_size)
+        return LatentItem(_to_bytes(pixels), cells, loss, droppable)
+
+    def _grid(self, rows: int, cols: int, side: int) -> Tensor:
+        key = rows, cols, side
+        if key not in self._cells:
+            self._cells[key] = patch_positions(rows, cols, side, interpolate=self.config.interpolate_pos)
+        return self._cells[key]
+
+
+def latent_tokens(latents: Tensor, patch: int) -> Tensor:
+    """Return the latent tokens (n, P) of latents (z, h, w), for `LatentItem.content`."""
+    return patchify(latents, patch)
+
+
+def _to_bytes(pixels: Tensor) -> Tensor:
+    """Return pixels in [-1, 1], made from 8 bits, as those 8 bits again."""
+    return ((pixels + 1) * 127.5).round().to(torch.uint8)

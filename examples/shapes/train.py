@@ -1,0 +1,145 @@
+"""Train the small BAGEL of the shapes world; one command a part, each goes on where it was stopped.
+
+    python examples/shapes/model.py runs/start                                 sizes, tokenizer, fresh weights
+    python examples/shapes/train.py vae   --start runs/start --out runs/vae
+    python examples/shapes/train.py model --start runs/start --vae runs/vae --out runs/model
+    python examples/shapes/train.py export --run runs/model --to bagel/demo/checkpoint
+
+With torchrun the model trains on several GPUs: torchrun --nproc-per-node 2 examples/shapes/train.py model ...
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import random
+from pathlib import Path
+
+import numpy as np
+import torch
+from data import WEIGHTS, Shapes
+from model import CONFIG, SIDE
+from safetensors.torch import load_file
+
+from bagel.config import VAEConfig
+from bagel.evaluation.samples import sample
+from bagel.loading import load_parts
+from bagel.pipeline import BagelPipeline
+from bagel.training import Data, Dropout, Generated, ItemMaker, Rules, TrainConfig, Trainer
+from bagel.training.state import newest
+from bagel.training.vae_training import VAELossWeights, VAETrainer
+from bagel.vae import Autoencoder
+
+VAE = TrainConfig(
+    steps=12000, lr=1e-3, warmup=300, schedule="cosine", min_lr=0.02, ema_decay=0.999, clip_norm=1.0, log_every=100
+)
+MODEL = TrainConfig(
+    steps=12000,
+    lr=1.5e-3,
+    warmup=500,
+    schedule="cosine",
+    min_lr=0.02,
+    betas=(0.9, 0.98),
+    weight_decay=0.01,
+    ema_decay=0.9995,
+    log_every=100,
+    precision="bfloat16",
+)
+
+
+def picture(rng: random.Random) -> torch.Tensor:
+    """Return one picture (3, H, W) uint8 of any task."""
+    task = rng.choice(("t2i1", "t2i2", "t2i3", "video"))
+    image = rng.choice(sample(rng, task, side=SIDE).outputs)
+    return torch.from_numpy(np.array(image)).permute(2, 0, 1).contiguous()
+
+
+def train_vae(args: argparse.Namespace) -> None:
+    """Train the autoencoder."""
+    config = dataclasses.replace(VAE, workers=args.workers, save_every=args.save_every, **args.set)
+    torch.manual_seed(0)
+    vae = Autoencoder(CONFIG.vae_config)
+    trainer = VAETrainer(
+        vae,
+        picture,
+        config,
+        batch_size=256,
+        out=args.out,
+        weights=VAELossWeights(l1=1.0, l2=1.0, gradient=0.5, kl=1e-5),
+        device=args.device,
+    )
+    vae = trainer.fit()
+    rng = random.Random("held-out pictures")
+    pixels = torch.stack([picture(rng) for _ in range(512)]).to(args.device) / 127.5 - 1
+    noise = torch.randn(vae.moments(pixels)[0].shape, generator=torch.Generator().manual_seed(0))
+    error = (vae.decode(vae.encode(pixels, noise)).clamp(-1, 1) - pixels).square().mean((1, 2, 3)) / 4
+    decibels = -10 * error.log10()
+    print(f"reconstruction: {decibels.mean():.1f} dB on average, {decibels.min():.1f} dB at worst, {vae.config}")
+
+
+def trained_vae(folder: Path) -> Autoencoder:
+    """Return the autoencoder of a run."""
+    found = newest(folder)
+    if found is None:
+        raise SystemExit(f"{folder} holds no autoencoder yet: run `train.py vae --out {folder}` first")
+    values = json.loads((found / "vae_config.json").read_text())
+    vae = Autoencoder(VAEConfig(**values | {"ch_mult": tuple(values["ch_mult"])}))
+    vae.load_state_dict(load_file(found / "ae.safetensors"))
+    return vae
+
+
+def train_model(args: argparse.Namespace) -> None:
+    """Train the model on all tasks, from the fresh weights or from where the run in --out stopped."""
+    model, _, tokenizer = load_parts(args.start, device="cpu", dtype=torch.float32)
+    vae = trained_vae(args.vae)
+    config = dataclasses.replace(model.config, vae_config=vae.config)
+    model.config = config
+    maker = ItemMaker(config, tokenizer)
+    data = Data(
+        sources={task: Generated(Shapes(task, maker, SIDE)) for task in WEIGHTS},
+        rules=Rules.of(config, tokenizer, dropout=Dropout(text=0.1, vae=0.1, vit=0.3)),
+        image_tokens=(tokenizer.image_start_id, tokenizer.image_end_id),
+        token_budget=args.tokens,
+        weights=WEIGHTS,
+        streams=48,
+    )
+    train = dataclasses.replace(MODEL, workers=args.workers, save_every=args.save_every, **args.set)
+    trainer = Trainer(model, data, train, tokenizer=tokenizer, out=args.out, vae=vae, device=args.device)
+    trainer.fit(time_limit=args.time_limit)
+
+
+def export(args: argparse.Namespace) -> None:
+    """Write the averaged weights of a run in bfloat16, autoencoder included."""
+    folder = newest(args.run)
+    if folder is None:
+        raise SystemExit(f"{args.run} holds no checkpoint yet")
+    pipe = BagelPipeline.from_pretrained(folder, device="cpu", dtype=torch.bfloat16, vae_dtype=torch.bfloat16)
+    pipe.save_pretrained(args.to, overwrite=True)
+
+
+def main() -> None:
+    """Parse the command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = parser.add_subparsers(dest="command", required=True)
+    for name in ("vae", "model"):
+        command = commands.add_parser(name)
+        command.add_argument("--start", type=Path, required=True)
+        command.add_argument("--out", type=Path, required=True)
+        command.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+        command.add_argument("--workers", type=int, default=0)
+        command.add_argument("--save-every", type=int, default=1000)
+        command.add_argument("--set", type=json.loads, default={}, help='other settings as JSON, e.g. {"steps": 100}')
+        if name == "model":
+            command.add_argument("--vae", type=Path, required=True)
+            command.add_argument("--tokens", type=int, default=49152, help="tokens of a step")
+            command.add_argument("--time-limit", type=float, help="save and stop after so many seconds")
+    command = commands.add_parser("export")
+    command.add_argument("--run", type=Path, required=True)
+    command.add_argument("--to", type=Path, required=True)
+    args = parser.parse_args()
+    {"vae": train_vae, "model": train_model, "export": export}[args.command](args)
+
+
+if __name__ == "__main__":
+    main()

@@ -28,7 +28,9 @@ def png(color: tuple[int, int, int] = (255, 0, 0), size: tuple[int, int] = (12, 
 
 
 def parquet(path: Path, columns: dict, *, rows_a_group: int = 2) -> Path:
-    pyarrow, writer = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    import pyarrow
+    from pyarrow import parquet as writer
+
     writer.write_table(pyarrow.table(columns), path, row_group_size=rows_a_group)
     return path
 

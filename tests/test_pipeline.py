@@ -210,11 +210,12 @@ def test_results_have_the_documented_fields(pipe):
 def test_every_preset_runs_its_tasks(pipe, preset):
     for task in PRESETS[preset]:
         if task == "text_to_image":
-            pipe.text_to_image("red", preset=preset, seed=1, **SMALL)
+            assert pipe.text_to_image("red", preset=preset, seed=1, **SMALL).image.size == (96, 64)
         elif task == "edit":
-            pipe.edit(picture("palette"), "red", preset=preset, seed=1, **FAST)
+            assert pipe.edit(picture("palette"), "red", preset=preset, seed=1, **FAST).image.size == (64, 64)
         else:
-            pipe.understand(picture("palette"), "red?", preset=preset, seed=1, max_new_tokens=2)
+            answer = pipe.understand(picture("palette"), "red?", preset=preset, seed=1, max_new_tokens=2)
+            assert len(answer.token_ids) == 2
 
 
 def test_very_long_prompt_is_read(pipe):

@@ -17,7 +17,7 @@ from bagel.options import THINK_GENERATE
 from bagel.training import ItemMaker
 from bagel.training.samples import Item
 
-WEIGHTS = {"t2i1": 3, "t2i2": 3, "t2i3": 3, "caption": 2, "qa": 2, "edit": 4, "think": 2, "frames": 2}
+WEIGHTS = {"t2i1": 4, "t2i2": 3, "t2i3": 3, "caption": 2, "qa": 2, "edit": 4, "think": 1.5, "frames": 1}
 """How often each task is drawn."""
 
 

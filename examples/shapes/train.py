@@ -20,6 +20,7 @@ import numpy as np
 import torch
 from data import WEIGHTS, Shapes
 from model import CONFIG, SIDE
+from pool import Pooled, encoded_pool
 from safetensors.torch import load_file
 
 from bagel.config import VAEConfig
@@ -32,18 +33,18 @@ from bagel.training.vae_training import VAELossWeights, VAETrainer
 from bagel.vae import Autoencoder
 
 VAE = TrainConfig(
-    steps=12000, lr=1e-3, warmup=300, schedule="cosine", min_lr=0.02, ema_decay=0.999, clip_norm=1.0, log_every=100
+    steps=9000, lr=1e-3, warmup=300, schedule="cosine", min_lr=0.02, ema_decay=0.999, clip_norm=1.0, log_every=100
 )
 MODEL = TrainConfig(
-    steps=12000,
+    steps=6200,
     lr=1.5e-3,
-    warmup=500,
+    warmup=300,
     schedule="cosine",
     min_lr=0.02,
     betas=(0.9, 0.98),
     weight_decay=0.01,
-    ema_decay=0.9995,
-    log_every=100,
+    ema_decay=0.998,
+    log_every=50,
     precision="bfloat16",
 )
 
@@ -96,13 +97,18 @@ def train_model(args: argparse.Namespace) -> None:
     config = dataclasses.replace(model.config, vae_config=vae.config)
     model.config = config
     maker = ItemMaker(config, tokenizer)
+    if args.pool:
+        samples = encoded_pool(maker, trained_vae(args.vae), WEIGHTS, size=args.pool, side=SIDE)
+        sources = {"pool": Generated(Pooled(samples))}
+    else:
+        sources = {task: Generated(Shapes(task, maker, SIDE)) for task in WEIGHTS}
     data = Data(
-        sources={task: Generated(Shapes(task, maker, SIDE)) for task in WEIGHTS},
+        sources=sources,
         rules=Rules.of(config, tokenizer, dropout=Dropout(text=0.1, vae=0.1, vit=0.3)),
         image_tokens=(tokenizer.image_start_id, tokenizer.image_end_id),
         token_budget=args.tokens,
-        weights=WEIGHTS,
-        streams=48,
+        weights=WEIGHTS if not args.pool else {},
+        streams=1 if args.pool else 48,
     )
     train = dataclasses.replace(MODEL, workers=args.workers, save_every=args.save_every, **args.set)
     trainer = Trainer(model, data, train, tokenizer=tokenizer, out=args.out, vae=vae, device=args.device)
@@ -132,7 +138,8 @@ def main() -> None:
         command.add_argument("--set", type=json.loads, default={}, help='other settings as JSON, e.g. {"steps": 100}')
         if name == "model":
             command.add_argument("--vae", type=Path, required=True)
-            command.add_argument("--tokens", type=int, default=49152, help="tokens of a step")
+            command.add_argument("--tokens", type=int, default=6000, help="tokens of a step")
+            command.add_argument("--pool", type=int, default=0, help="encode so many samples once and draw from them")
             command.add_argument("--time-limit", type=float, help="save and stop after so many seconds")
     command = commands.add_parser("export")
     command.add_argument("--run", type=Path, required=True)

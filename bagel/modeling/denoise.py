@@ -107,22 +107,19 @@ class Denoiser:
 
     def _lay_out(self, active: tuple[int, ...]) -> _Layout:
         branches = [self.branches[index] for index in active]
+        decoder, device = self.model.decoder, self.model.device
         sequences, und_positions, gen_positions = [], [], []
         start = 0
         for row, branch in enumerate(branches):
-            stop = start + self.sizes[branch.picture]
-            und, gen = slice(2 * row, 2 * row + 2), slice(start, stop)
+            count, position = self.sizes[branch.picture], branch.context.position
+            und, gen = slice(2 * row, 2 * row + 2), slice(start, start + count)
             sequences.append(Sequence(und, gen, context=branch.context, place=branch.place))
-            und_positions += [branch.context.position] * 2
-            gen_positions += [branch.context.position] * (stop - start)
-            start = stop
-        decoder, device = self.model.decoder, self.model.device
+            und_positions.append(torch.full((2,), position, device=device))  # made on the device: nothing to wait for
+            gen_positions.append(torch.full((count,), position, device=device))
+            start += count
         layout = _Layout(
             plan=AttentionPlan(sequences, backend=self.attention),
-            rotary=(
-                decoder.rotary(torch.tensor(und_positions, device=device)),
-                decoder.rotary(torch.tensor(gen_positions, device=device)),
-            ),
+            rotary=(decoder.rotary(torch.cat(und_positions)), decoder.rotary(torch.cat(gen_positions))),
             und=self.around.repeat(len(branches), 1),
             pictures=tuple(branch.picture for branch in branches),
         )

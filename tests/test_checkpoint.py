@@ -300,3 +300,13 @@ def test_open_uses_the_released_values_only_for_the_released_sizes(tmp_path):
     with pytest.raises(CheckpointError, match=r"no file says rope_theta.*llm_config\.json.*base="):
         Checkpoint.open(folder)
     assert BAGEL_7B.llm_config.rope_theta == 1e6
+
+
+def test_latents_may_lie_on_either_side_of_zero(tmp_path):
+    folder = make_folder(tmp_path / "c")
+    vae = json.loads((folder / "config.json").read_text())["vae_config"]
+    edit_json(folder / "config.json", vae_config=vae | {"shift_factor": -0.25})
+    assert Checkpoint.open(folder).config.vae_config.shift_factor == -0.25
+    edit_json(folder / "config.json", vae_config=vae | {"scale_factor": -1.0})
+    with pytest.raises(CheckpointError, match=r"scale_factor must be a positive number, got -1\.0"):
+        Checkpoint.open(folder)

@@ -39,7 +39,7 @@ def resolve_vae_config(weights: TensorFiles, stated: Stated) -> tuple[VAEConfig,
     check_shapes(weights, wanted[best])
     config = candidates[best]
     for field in ("scale_factor", "shift_factor"):
-        said = stated.number(field)
+        said = stated.number(field, positive=field == "scale_factor")  # latents may lie on either side of zero
         if said is not None:
             config = dataclasses.replace(config, **{field: said[0]})
     return config, _disagreements(config, stated)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -41,14 +42,16 @@ class Stated:
             raise CheckpointError(f"{label}: {field} must be a positive whole number, got {value!r}")
         return value, label
 
-    def number(self, field: str) -> tuple[float, str] | None:
-        """Return a positive number and its file; raise CheckpointError naming the file for any other value."""
+    def number(self, field: str, *, positive: bool = True) -> tuple[float, str] | None:
+        """Return a number and its file; raise CheckpointError naming the file for any other value."""
         found = self.get(field)
         if found is None:
             return None
         value, label = found
-        if isinstance(value, bool) or not isinstance(value, int | float) or not value > 0:
-            raise CheckpointError(f"{label}: {field} must be a positive number, got {value!r}")
+        real = not isinstance(value, bool) and isinstance(value, int | float) and math.isfinite(value)
+        if not real or (positive and value <= 0):
+            kind = "positive" if positive else "finite"
+            raise CheckpointError(f"{label}: {field} must be a {kind} number, got {value!r}")
         return float(value), label
 
     def boolean(self, field: str) -> tuple[bool, str] | None:

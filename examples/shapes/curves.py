@@ -1,6 +1,6 @@
 """Draw the losses of a run.
 
-    python examples/shapes/curves.py LOG.jsonl PICTURE.png ce mse
+python examples/shapes/curves.py LOG.jsonl PICTURE.png ce mse
 """
 
 from __future__ import annotations

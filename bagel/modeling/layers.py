@@ -52,6 +52,11 @@ class Attention(nn.Module):
         k = rotate(self.k_norm(k.float()), rotary).to(v.dtype)
         return q, k, v
 
+    def no_heads(self, *, like: Tensor) -> Heads:
+        """Return the heads of no tokens, of the type and on the device of `like`."""
+        empty = like.new_empty(0, self.heads, self.head_dim)
+        return empty, empty[:, : self.kv_heads], empty[:, : self.kv_heads]
+
 
 class MLP(nn.Module):
     """SwiGLU feed-forward (arXiv 2002.05202): down(silu(gate(x)) * up(x))."""
@@ -91,13 +96,22 @@ class Expert(nn.Module):
     def heads(self, x: Tensor, rotary: Rotary, shared: Expert) -> Heads:
         """Return queries, keys and values of the residual stream x (T, H)."""
         owner = self if self.own_attention else shared
+        if _idle(x):
+            return owner.attention.no_heads(like=owner.input_norm.weight)
         return owner.attention.project(_for_linear(owner.input_norm(x), owner.input_norm), rotary)
 
     def finish(self, x: Tensor, attended: Tensor, shared: Expert) -> Tensor:
         """Add the attention's result (T, Hq, D) and the MLP to the residual stream x (T, H)."""
+        if _idle(x):
+            return x
         owner = self if self.own_attention else shared
         x = x + owner.attention.o_proj(attended.flatten(-2))
         return x + self.mlp(_for_linear(owner.post_norm(x), owner.post_norm))
+
+
+def _idle(x: Tensor) -> bool:
+    """Whether an expert has no tokens, and no gradients that other processes wait for: then it need not run."""
+    return x.shape[0] == 0 and not torch.is_grad_enabled()
 
 
 def _for_linear(x: Tensor, norm: RMSNorm) -> Tensor:

@@ -38,11 +38,12 @@ class DecoderLayer(nn.Module):
 
     def forward(self, x: Streams, rotary: tuple[Rotary, Rotary], attend: Attend) -> Streams:
         """Map both residual streams to themselves."""
-        und, gen = self.und, self.gen or self.und
-        und_seen, gen_seen = attend(
-            self.index, und.heads(x.und, rotary[0], self.und), gen.heads(x.gen, rotary[1], self.und)
+        experts = (self.und, self.gen or self.und)
+        heads = [expert.heads(own, table, self.und) for expert, own, table in zip(experts, x, rotary, strict=True)]
+        seen = attend(self.index, *heads)
+        return Streams(
+            *(expert.finish(own, gathered, self.und) for expert, own, gathered in zip(experts, x, seen, strict=True))
         )
-        return Streams(und.finish(x.und, und_seen, self.und), gen.finish(x.gen, gen_seen, self.und))
 
 
 class Decoder(nn.Module):

@@ -5,25 +5,27 @@ import sys
 from PIL import Image, ImageDraw
 
 from bagel import BagelPipeline
+from bagel.demo import CHECKPOINT
 from bagel.image import open_image
 from bagel.png import save_numbered_png
 
-model = sys.argv[1] if len(sys.argv) > 1 else "ByteDance-Seed/BAGEL-7B-MoT"
-pipe = BagelPipeline.from_pretrained(model)
+pipe = BagelPipeline.from_pretrained(sys.argv[1] if len(sys.argv) > 1 else CHECKPOINT)
 
-if len(sys.argv) > 2:
-    picture = open_image(sys.argv[2])
-else:
-    picture = Image.new("RGB", (640, 480), "white")
-    ImageDraw.Draw(picture).ellipse((200, 120, 440, 360), fill="red")
 
-instruction = "make the background a starry night"
-result = pipe.edit(picture, instruction, seed=1, cfg_img_scale=1.5)
+def circle(x, y):
+    picture = Image.new("RGB", (512, 512), "white")
+    ImageDraw.Draw(picture).ellipse((x - 64, y - 64, x + 64, y + 64), fill=(220, 30, 40))
+    return picture
+
+
+picture = open_image(sys.argv[2]) if len(sys.argv) > 2 else circle(256, 256)
+instruction = "make the background black"
+result = pipe.edit(picture, instruction, seed=1)
 print(save_numbered_png(result.image, ".", "edited", {"prompt": instruction, "seed": str(result.seed)}))
 
-# Any interleaving of texts and pictures, and a look at every step on the way.
+# Any interleaving of texts and pictures, here three frames of a motion, and a look at every step on the way.
 result = pipe.generate(
-    ["A first picture:", picture, "and a second:", result.image, "Draw what comes next."],
+    [circle(128, 256), circle(160, 256), circle(192, 256), "the next frame"],
     output="image",
     seed=2,
     num_timesteps=12,

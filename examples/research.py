@@ -4,17 +4,17 @@ import sys
 
 import torch
 
+from bagel.demo import CHECKPOINT
 from bagel.image import patch_positions
 from bagel.loading import load_parts
 from bagel.packing import LatentImage, Text, pack
 
-source = sys.argv[1] if len(sys.argv) > 1 else "ByteDance-Seed/BAGEL-7B-MoT"
-model, _, tokenizer = load_parts(source)
+model, _, tokenizer = load_parts(sys.argv[1] if len(sys.argv) > 1 else CHECKPOINT)
 
-# A prompt, and a noisy picture of 64 x 96 pixels (4 x 6 latent tokens) at t = 1 on top of it.
+# A prompt, and a noisy picture of 4 x 6 latent tokens (64 x 96 pixels for the released model) at t = 1 on top of it.
 ids = torch.tensor([tokenizer.bos_id, *tokenizer.encode("a red circle"), tokenizer.eos_id])
-noise = torch.randn(4 * 6, model.config.patch_latent_dim, generator=torch.Generator().manual_seed(1))
-target = LatentImage(noise, patch_positions(4, 6, model.config.max_latent_size), timestep=1.0, noisy=True)
+noise = torch.randn(3 * 4, model.config.patch_latent_dim, generator=torch.Generator().manual_seed(1))
+target = LatentImage(noise, patch_positions(3, 4, model.config.max_latent_size), timestep=1.0, noisy=True)
 packed = pack([[Text(ids), target]], image_tokens=(tokenizer.image_start_id, tokenizer.image_end_id))
 sample = packed.samples[0]
 print(f"{packed.und_positions.shape[0]} und tokens, {packed.gen_positions.shape[0]} gen tokens")

@@ -25,10 +25,10 @@ from bagel.png import save_numbered_gif, save_numbered_png
 
 PROMPTS = (
     "a large red circle in the center on a light blue background",
-    "a large orange triangle above a large purple square on a white background",
+    "a medium green diamond at the bottom right on a white background",
     "two blue stars and a green diamond on a beige background",
 )
-QUESTIONS = ("how big is the circle?", "what color is the triangle?", "how many stars are there?")
+QUESTIONS = ("how big is the circle?", "what color is the diamond?", "how many stars are there?")
 EDITS = ("add a small yellow star at the top right", "make the background black")
 RIDDLE = "as many pink stars as a tricycle has wheels"
 MOTION = Motion(
@@ -53,7 +53,7 @@ def demo(args: Namespace) -> None:
 
 
 def _show(folder: Path) -> None:
-    with _timed("loaded the built-in model, a small BAGEL trained on coloured shapes"):
+    with _timed("loaded the built-in model, a small BAGEL in an early stage of training on coloured shapes"):
         pipe = BagelPipeline.from_pretrained(CHECKPOINT, device="cpu")
     drawn = _draw(pipe, folder)
     changed = [*_edit(pipe, folder, drawn[0].picture), _think(pipe, folder)]

@@ -15,10 +15,14 @@ BACKENDS = ("sdpa", "flash", "reference")
 def check_backend(name: str) -> str:
     """Return `name` if that backend can run here; raise ValueError (unknown) or ImportError (not installed)."""
     if name not in BACKENDS:
-        raise ValueError(f"attention backend must be one of {', '.join(BACKENDS)}, got {name!r}")
+        raise _unknown(name)
     if name == "flash":
         _flash_attn_func()
     return name
+
+
+def _unknown(name: str) -> ValueError:
+    return ValueError(f"attention backend must be one of {', '.join(BACKENDS)}, got {name!r}")
 
 
 def attention(
@@ -50,14 +54,10 @@ def attention(
     if causal and mask is not None:
         raise ValueError("attention takes causal=True or a mask, not both")
     causal = causal and q.shape[0] > 1  # a single query at the end sees everything
-    if backend == "sdpa":
-        return _sdpa(q, k, v, causal, mask)
-    if backend == "flash":
-        return _flash(q, k, v, causal, mask)
-    if backend == "reference":
-        return _reference(q, k, v, causal, mask)
-    check_backend(backend)
-    raise AssertionError(backend)
+    run = {"sdpa": _sdpa, "flash": _flash, "reference": _reference}.get(backend)
+    if run is None:
+        raise _unknown(backend)
+    return run(q, k, v, causal, mask)
 
 
 def lower_right_causal(queries: int, keys: int, device: torch.device) -> Tensor:

@@ -140,7 +140,7 @@ def test_judge_agrees_with_the_pictures_of_samples(task):
         assert judge(example.outputs[-1], example.scenes[-1], attributes=example.stated).all_right
 
 
-def test_shape_center_follows_a_motion_within_a_tenth_of_a_pixel():
+def test_shape_center_follows_a_motion_within_a_quarter_of_a_pixel():
     rng, noise = random.Random(0), np.random.default_rng(0)
     for _ in range(12):
         motion = random_motion(rng)

@@ -22,7 +22,7 @@ class Sequence:
     """The new tokens of one sequence: their rows in each stream, and the attention rule.
 
     Without a context the tokens see one another only; with one they see all of it as well, and their keys and values
-    are written into its cache. `mask` is bool (n, n) over [und rows | gen rows].
+    are written into its cache. `mask` is bool (n, context + n), its columns over [context | und rows | gen rows].
     """
 
     und: slice
@@ -31,9 +31,6 @@ class Sequence:
     place: Place = "tail"
     causal: bool = False
     mask: Tensor | None = None
-
-    def __len__(self) -> int:
-        return self.und.stop - self.und.start + self.gen.stop - self.gen.start
 
 
 class AttentionPlan:
@@ -53,12 +50,9 @@ class AttentionPlan:
         und_out, gen_out = [], []
         for sequence in self.sequences:
             q, k, v = (_join(a[sequence.und], b[sequence.gen]) for a, b in zip(und, gen, strict=True))
-            mask = sequence.mask
             if sequence.context is not None:
                 k, v = sequence.context.extended(layer, k, v, sequence.place)
-                if mask is not None:
-                    mask = torch.cat([mask.new_ones(len(sequence), sequence.context.length), mask], dim=1)
-            out = attention(q, k, v, causal=sequence.causal, mask=mask, backend=self.backend)
+            out = attention(q, k, v, causal=sequence.causal, mask=sequence.mask, backend=self.backend)
             num_und = sequence.und.stop - sequence.und.start
             und_out.append(out[:num_und])
             gen_out.append(out[num_und:])
@@ -77,6 +71,8 @@ def plan_packed(
         single = len(sample.splits) <= 1
         causal = single and any(split.attention == "causal" for split in sample.splits)
         mask = None if single else sample.stream_mask().to(device)
+        if mask is not None and context is not None:  # everything sees the whole context
+            mask = torch.cat([mask.new_ones(len(sample), context.length), mask], dim=1)
         sequences.append(Sequence(sample.und, sample.gen, context=context, causal=causal, mask=mask))
     return AttentionPlan(sequences, backend=backend)
 

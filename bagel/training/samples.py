@@ -17,7 +17,7 @@ from PIL import Image
 from torch import Tensor
 
 from bagel.config import BagelConfig
-from bagel.image import open_image, patch_positions, patchify, prepare_input
+from bagel.image import open_image, patch_positions, prepare_input
 from bagel.packing import IGNORE, DroppedImage, Frames, LatentImage, Segment, Text, ViTImage
 from bagel.tokenizer import Tokenizer
 
@@ -290,11 +290,6 @@ class ItemMaker:
         if key not in self._cells:
             self._cells[key] = patch_positions(rows, cols, side, interpolate=self.config.interpolate_pos)
         return self._cells[key]
-
-
-def latent_tokens(latents: Tensor, patch: int) -> Tensor:
-    """Return the latent tokens (n, P) of latents (z, h, w), for `LatentItem.content`."""
-    return patchify(latents, patch)
 
 
 def _to_bytes(pixels: Tensor) -> Tensor:

@@ -10,8 +10,9 @@ from dataclasses import dataclass
 import torch
 from data import Shapes
 
+from bagel.image import patchify
 from bagel.training import ItemMaker, LatentItem
-from bagel.training.samples import Item, latent_tokens
+from bagel.training.samples import Item
 from bagel.vae import Autoencoder
 
 BLOCK = 200
@@ -53,5 +54,5 @@ def encoded(samples: list[list[Item]], vae: Autoencoder, generator: torch.Genera
     shape = (len(found), vae.config.z_channels, pixels.shape[2] // down, pixels.shape[3] // down)
     latents = vae.encode(pixels, torch.randn(shape, generator=generator)).float()
     for (i, j), latent in zip(found, latents, strict=True):
-        samples[i][j] = dataclasses.replace(samples[i][j], content=latent_tokens(latent.clone(), patch))
+        samples[i][j] = dataclasses.replace(samples[i][j], content=patchify(latent, patch).clone())
     return samples

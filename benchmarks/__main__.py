@@ -6,6 +6,7 @@ import argparse
 import datetime
 import platform
 import sys
+import time
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -48,6 +49,8 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--dtype", choices=DTYPES, help="default: bfloat16 on a GPU, float32 on a CPU")
     parser.add_argument("--attention", choices=BACKENDS, default="sdpa", help="attention backend (default sdpa)")
     parser.add_argument("--taylorseer", action="store_true", help="predict most evaluations of drawings: lossy")
+    parser.add_argument("--float8", action="store_true", help="round the experts to 8-bit floats: lossy")
+    parser.add_argument("--compile", action="store_true", help="compile the pipeline first")
     parser.add_argument("--repeat", type=_positive, default=3, help="runs in a row, after the warm-up (default 3)")
     parser.add_argument("--quick", action="store_true", help="small sizes, to see that everything runs")
     parser.add_argument("--profile", action="store_true", help="also tell the stages and kernels of each job")
@@ -69,6 +72,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
         parser.error(str(error))
     machine = describe(args, pipe)
     print(_line(machine))
+    if args.float8:
+        pipe.use_float8(und=True)
+    if args.compile:
+        start = time.perf_counter()
+        pipe.compile()
+        machine["compile_s"] = round(time.perf_counter() - start, 1)
+        print(f"compiled in {machine['compile_s']} s")
     ceilings = measure_ceilings(pipe.device, pipe.dtype, quick=args.quick)
     print(f"ceilings: matmul {ceilings.matmul / 1e12:.4g} TFLOP/s, copy {ceilings.copy / 1e9:.4g} GB/s")
     bench = Bench(pipe, taylorseer=args.taylorseer, quick=args.quick)
@@ -125,6 +135,8 @@ def describe(args: argparse.Namespace, pipe: BagelPipeline) -> dict[str, Any]:
         "dtype": str(pipe.dtype).removeprefix("torch."),
         "attention": args.attention,
         "taylorseer": args.taylorseer,
+        "float8": args.float8,
+        "compile": args.compile,
         "quick": args.quick,
     }
 

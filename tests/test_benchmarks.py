@@ -170,6 +170,18 @@ def test_command_prints_a_table_and_writes_it_down(tmp_path, capsys):
     assert f" {edit['last']:.3g} " in line
 
 
+def test_switches_are_used_and_written_down(tmp_path, monkeypatch):
+    used = []
+    monkeypatch.setattr(BagelPipeline, "use_float8", lambda pipe, **given: used.append(given))
+    monkeypatch.setattr(BagelPipeline, "compile", lambda pipe: used.append("compile"))
+    command = ["--model", str(TINY), "--device", "cpu", "--quick", "--repeat", "1", "--jobs", "vae-decode-1024"]
+    main([*command, "--float8", "--compile", "--json", str(tmp_path / "result.json")])
+    machine = json.loads((tmp_path / "result.json").read_text())["machine"]
+    assert used == [{"und": True}, "compile"]
+    assert machine["float8"]
+    assert machine["compile_s"] >= 0
+
+
 def test_an_earlier_result_twice_as_slow_is_named_so():
     work, ceilings = [Phase("all", flops=1, bytes=1)], Ceilings(matmul=1, copy=1)
     row = make_row("job", "sizes", Timing(1.0, (2.0,), 1), work, ceilings, peak=None)

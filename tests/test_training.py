@@ -102,6 +102,20 @@ def test_a_frozen_part_stands_still_and_the_others_move(tmp_path, part):
     assert {part_of(name) for name in moved} == {"und", "gen", "vit", "connector"} - {part}
 
 
+def test_muon_steps_along_orthogonal_matrices_as_far_as_adamw(tmp_path):
+    trainer = toy_trainer(tmp_path, steps=1, optimizer="muon", lr=1e-3, warmup=0)
+    before = weights(trainer)
+    trainer.fit()
+    after = weights(trainer)
+    name = "decoder.layers.0.und.mlp.down_proj.weight"
+    step = (after[name] - before[name]) / (1e-3 * 0.2 * max(before[name].shape) ** 0.5)
+    scales = torch.linalg.svdvals(step)
+    assert scales.max() < 1.4  # the iteration brings all directions near one, not to it; the first gradient has few
+    assert scales[9] > 0.7
+    embedding = after["decoder.embed_tokens.weight"] - before["decoder.embed_tokens.weight"]
+    assert embedding.abs().max() == pytest.approx(1e-3, rel=1e-2)  # AdamW's first step
+
+
 def test_freezing_everything_is_an_error(tmp_path):
     with pytest.raises(ValueError, match="leaves nothing to train"):
         toy_trainer(tmp_path, freeze=("und", "gen", "vit", "connector"))
@@ -185,7 +199,10 @@ def kill_at(step: int):
     return on_step
 
 
-@pytest.mark.parametrize("settings", [{}, {"batches": 2, "workers": 2, "schedule": "cosine", "freeze": ("vit",)}])
+@pytest.mark.parametrize(
+    "settings",
+    [{}, {"batches": 2, "workers": 2, "schedule": "cosine", "freeze": ("vit",)}, {"optimizer": "muon"}],
+)
 def test_a_killed_run_resumes_to_equal_weights(tmp_path, settings):
     straight = trained(tmp_path / "straight", **settings)
     with pytest.raises(KilledError):
@@ -284,6 +301,7 @@ def test_settings_survive_json():
         ({"steps": 0}, "steps must be at least 1"),
         ({"steps": 1, "schedule": "linear"}, "schedule must be one of constant, cosine"),
         ({"steps": 1, "freeze": ["vae"]}, "freeze takes und, gen, vit, connector, got 'vae'"),
+        ({"steps": 1, "optimizer": "sgd"}, "optimizer must be one of adamw, muon, got 'sgd'"),
         ({"steps": 1, "learning_rate": 1}, r"need steps and take .*got \['learning_rate', 'steps'\]"),
     ],
 )

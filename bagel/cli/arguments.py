@@ -52,7 +52,7 @@ in the chat:
     "evaluate": """examples:
   bagel evaluate --model demo
   bagel evaluate --model checkpoints/small --tasks t2i,edit --count 20 --save failed
-  bagel evaluate --model demo --dtype bfloat16 --taylorseer --steps 50 --json taylorseer.json""",
+  bagel evaluate --model demo --dtype bfloat16 --float8 --taylorseer --steps 50 --json lossy.json""",
     "demo": """examples:
   bagel demo
   bagel demo --out pictures""",
@@ -249,6 +249,7 @@ def _model(parser: ArgumentParser) -> None:
     )
     group.add_argument("--device", help="cuda, cuda:1, cpu (default: a GPU if there is one)")
     group.add_argument("--dtype", help="bfloat16, float16 or float32 (default: what suits the device)")
+    group.add_argument("--float8", action="store_true", help="8-bit floats where they cost little: faster, lossy")
     group.add_argument("--attention", default="sdpa", help="sdpa, flash or reference (default: sdpa)")
     group.add_argument(
         "--base", metavar="SOURCE", help="where to take what SOURCE lacks: configurations, tokenizer, VAE"

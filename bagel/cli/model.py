@@ -40,7 +40,7 @@ def open_images(paths: Sequence[str]) -> list[Image.Image]:
 def load(args: Namespace, *, draws: bool) -> BagelPipeline:
     """Return the model that was asked for, without its generating half if it need not draw; "demo" is built in."""
     print(f"loading {args.model}", file=sys.stderr)
-    return BagelPipeline.from_pretrained(
+    pipe = BagelPipeline.from_pretrained(
         CHECKPOINT if args.model == BUILT_IN else args.model,
         device=args.device,
         dtype=args.dtype,
@@ -50,3 +50,4 @@ def load(args: Namespace, *, draws: bool) -> BagelPipeline:
         revision=args.revision,
         visual_gen=None if draws else False,
     )
+    return pipe.use_float8(und=not draws) if args.float8 else pipe

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from PIL import Image
 
@@ -60,10 +60,15 @@ def _text_to_image(rng: random.Random, task: str, split: str, side: int, detail:
     count = int(task[-1])
     wording = detail or rng.choice(WORDINGS[count])
     scene = random_scene(rng, objects=count, split=split)
-    while wording == "relation" and len({shape.pair for shape in scene.objects}) == 1:
+    while wording == "relation" and not _can_be_related(scene):
         scene = random_scene(rng, objects=count, split=split)
     words = caption(rng, scene, wording=wording)
     return Example(task, (words.text,), (render(scene, side=side),), (scene,), words.stated, wording)
+
+
+def _can_be_related(scene: Scene) -> bool:
+    """Tell whether two shapes look different enough to be told apart."""
+    return len({shape.pair for shape in scene.objects}) == 2
 
 
 def _caption(rng: random.Random, task: str, split: str, side: int, detail: str | None) -> Example:
@@ -140,6 +145,24 @@ def sample(
     if detail is not None and detail not in DETAILS.get(task, ()):
         raise ValueError(f"detail of task {task} must be one of {', '.join(DETAILS.get(task, ()))}, got {detail!r}")
     return _MAKE[task](rng, task, split, side, detail)
+
+
+def reworded(rng: random.Random, example: Example) -> Example:
+    """Say what an example shows in other words, as `sample` would: captions to draw from, and plans.
+
+    The other tasks are returned as they are. The pictures are not looked at and may be anything.
+    """
+    scene, wordings = example.scenes[0], WORDINGS.get(len(example.scenes[0].objects), ())
+    if example.task.startswith("t2i"):
+        wording = rng.choice([name for name in wordings if name != "relation" or _can_be_related(scene)])
+        words = caption(rng, scene, wording=wording)
+        return replace(example, inputs=(words.text,), stated=words.stated, detail=wording)
+    if example.task == "think":
+        made = plan(rng, scene)
+        kind = "indirect" if made.indirect else "clear"
+        outputs = (made.text, *example.outputs[1:])
+        return replace(example, inputs=(made.prompt,), outputs=outputs, stated=made.stated, detail=kind)
+    return example
 
 
 def all_texts_sample(rng: random.Random, n: int) -> list[str]:

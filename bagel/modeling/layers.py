@@ -109,6 +109,14 @@ class Expert(nn.Module):
         return x + self.mlp(_for_linear(owner.post_norm(x), owner.post_norm))
 
 
+def compile_experts(module: nn.Module, *, backend: str = "inductor") -> None:
+    """Compile what the experts within a module compute, when it is first used, for any number of tokens."""
+    for part in module.modules():
+        if isinstance(part, Expert):
+            part.heads = torch.compile(part.heads, dynamic=True, backend=backend)
+            part.finish = torch.compile(part.finish, dynamic=True, backend=backend)
+
+
 def _idle(x: Tensor) -> bool:
     """Whether an expert has no tokens, and no gradients that other processes wait for: then it need not run."""
     return x.shape[0] == 0 and not torch.is_grad_enabled()

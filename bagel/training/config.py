@@ -20,7 +20,9 @@ class TrainConfig:
         warmup: steps of linear warm-up.
         schedule: "constant" or "cosine" after the warm-up.
         min_lr: what "cosine" ends at, as a fraction of `lr`.
-        betas, eps, weight_decay: of AdamW.
+        optimizer: "adamw", or "muon" for the matrices of the layers, see `bagel.training.optimiser`.
+        betas, eps: of AdamW.
+        weight_decay: of both.
         clip_norm: largest norm of the gradient; 0 does not clip.
         batches: packed batches of one step, over all processes; more than there are processes accumulates gradients.
         ce_weight, mse_weight: of the two losses.
@@ -43,6 +45,7 @@ class TrainConfig:
     warmup: int = 100
     schedule: Literal["constant", "cosine"] = "constant"
     min_lr: float = 0.1
+    optimizer: Literal["adamw", "muon"] = "adamw"
     betas: tuple[float, float] = (0.9, 0.95)
     eps: float = 1e-15
     weight_decay: float = 0.0
@@ -65,7 +68,7 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         choices = {"schedule": ("constant", "cosine"), "attention": ("dense", "flex")}
-        choices["precision"] = ("float32", "bfloat16")
+        choices |= {"precision": ("float32", "bfloat16"), "optimizer": ("adamw", "muon")}
         for name, allowed in choices.items():
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{name} must be one of {', '.join(allowed)}, got {getattr(self, name)!r}")

@@ -77,6 +77,11 @@ def join(device: torch.device | str | None = None) -> World:
     return World(kind, dist.get_rank(), size, init_device_mesh(kind.type, (size,)))
 
 
+def is_sharded(tensor: Tensor) -> bool:
+    """Tell whether a tensor is spread over processes."""
+    return isinstance(tensor, DTensor)
+
+
 def whole(tensor: Tensor) -> Tensor:
     """Return all of a tensor that may be sharded; every process must call this."""
     tensor = tensor.detach()

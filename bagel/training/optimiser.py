@@ -1,4 +1,4 @@
-"""AdamW and the moving average of the weights, with their state as tensors by name."""
+"""AdamW, or Muon with AdamW, and the moving average of the weights, with their state as tensors by name."""
 
 from __future__ import annotations
 
@@ -8,57 +8,78 @@ import torch
 from torch import Tensor
 
 from bagel.training.config import TrainConfig
-from bagel.training.distributed import like, own, whole
-
-MOMENTS = ("exp_avg", "exp_avg_sq")
+from bagel.training.distributed import is_sharded, like, own, whole
 
 
 class Optimiser:
-    """One step of AdamW (arXiv 1711.05101) on clipped gradients, and the average that follows it.
+    """One step on clipped gradients, and the average of the weights that follows it.
+
+    "adamw" (arXiv 1711.05101) for all parameters; or "muon" (arXiv 2502.16982) for the matrices of the layers, whose
+    steps are scaled to be as large as AdamW's, with AdamW for the rest.
 
     Args:
-        parameters: what is trained, by name; whole or sharded.
+        parameters: what is trained, by name; whole, or with "adamw" sharded.
         config: rates, clipping, decay of the average.
+
+    Raises:
+        ValueError: "muon" with sharded parameters.
     """
 
     def __init__(self, parameters: Mapping[str, Tensor], config: TrainConfig) -> None:
         self.parameters, self.config = dict(parameters), config
         self.average = {name: own(parameter).clone() for name, parameter in parameters.items()}
-        self.adamw = torch.optim.AdamW(
-            self.parameters.values(),
-            lr=config.lr,
-            betas=config.betas,
-            eps=config.eps,
-            weight_decay=config.weight_decay,
-            fused=next(iter(parameters.values())).device.type == "cuda",
-        )
+        matrices, rest = self._split()
+        lr, decay = config.lr, config.weight_decay
+        fused = next(iter(parameters.values())).device.type == "cuda"
+        self.parts: list[tuple[torch.optim.Optimizer, Mapping[str, Tensor], tuple[str, ...]]] = []
+        if rest:
+            adamw = torch.optim.AdamW(
+                rest.values(), lr=lr, weight_decay=decay, betas=config.betas, eps=config.eps, fused=fused
+            )
+            self.parts.append((adamw, rest, ("exp_avg", "exp_avg_sq")))
+        if matrices:
+            muon = torch.optim.Muon(matrices.values(), lr=lr, weight_decay=decay, adjust_lr_fn="match_rms_adamw")
+            self.parts.append((muon, matrices, ("momentum_buffer",)))
+
+    def _split(self) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """Return what Muon moves, and the rest."""
+        if self.config.optimizer == "adamw":
+            return {}, self.parameters
+        if any(map(is_sharded, self.parameters.values())):
+            raise ValueError("optimizer='muon' needs whole matrices and cannot train sharded ones; use 'adamw'")
+        matrices = {name: p for name, p in self.parameters.items() if ".layers." in name and p.ndim == 2}
+        return matrices, {name: p for name, p in self.parameters.items() if name not in matrices}
 
     def step(self, number: int) -> Tensor:
         """Do step `number`, counted from 0, drop the gradients, and return their norm as it was."""
         config, parameters = self.config, list(self.parameters.values())
         norm = whole(torch.nn.utils.clip_grad_norm_(parameters, config.clip_norm or float("inf")))
-        for group in self.adamw.param_groups:
-            group["lr"] = config.lr_at(number)
-        self.adamw.step()
-        self.adamw.zero_grad(set_to_none=True)
+        for optimizer, _, _ in self.parts:
+            for group in optimizer.param_groups:
+                group["lr"] = config.lr_at(number)
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
         weight = 1 - config.ema_decay_at(number)
         average = list(self.average.values())
         torch._foreach_lerp_(average, [own(p) for p in parameters], weight)  # pyright: ignore[reportPrivateImportUsage]
         return norm
 
     def moments(self) -> dict[str, Tensor]:
-        """Return the moments, whole and on the CPU, as "exp_avg/NAME" and "exp_avg_sq/NAME"."""
+        """Return the optimizers' state, whole and on the CPU, as "exp_avg/NAME" and so on."""
         return {
-            f"{kind}/{name}": whole(self.adamw.state[parameter][kind]).cpu().contiguous()
-            for name, parameter in self.parameters.items()
-            for kind in MOMENTS
+            f"{kind}/{name}": whole(optimizer.state[parameter][kind]).cpu().contiguous()
+            for optimizer, parameters, kinds in self.parts
+            for name, parameter in parameters.items()
+            for kind in kinds
         }
 
     def restore(self, moments: Mapping[str, Tensor], average: Mapping[str, Tensor], *, steps: int) -> None:
         """Take back what `moments` gave, and the average, after `steps` steps."""
-        state = {}
-        for index, (name, parameter) in enumerate(self.parameters.items()):
+        for name, parameter in self.parameters.items():
             self.average[name].copy_(own(like(parameter, average[name])))
-            kept = {kind: like(parameter, moments[f"{kind}/{name}"]) for kind in MOMENTS}
-            state[index] = {"step": torch.tensor(float(steps)), **kept}
-        self.adamw.load_state_dict({**self.adamw.state_dict(), "state": state})
+        for optimizer, parameters, kinds in self.parts:
+            state = {}
+            for index, (name, parameter) in enumerate(parameters.items()):
+                kept = {kind: like(parameter, moments[f"{kind}/{name}"]) for kind in kinds}
+                state[index] = {"step": torch.tensor(float(steps)), **kept}
+            optimizer.load_state_dict({**optimizer.state_dict(), "state": state})

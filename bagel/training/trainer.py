@@ -17,7 +17,7 @@ from torch.utils.checkpoint import checkpoint
 
 from bagel.checkpoint import CheckpointError
 from bagel.modeling import Bagel
-from bagel.modeling.layers import Expert
+from bagel.modeling.layers import compile_experts
 from bagel.modeling.mot import Attend
 from bagel.packing import Packed
 from bagel.tokenizer import Tokenizer
@@ -279,16 +279,15 @@ class Trainer:
         """What must not change when a run is resumed, as JSON values."""
         config = self.config
         kept = {"seed": config.seed, "batches": config.batches, "freeze": list(config.freeze)}
+        kept["optimizer"] = config.optimizer
         return {"data": self.data.identity(), **kept}
 
 
 def _prepared(root: SummedLosses, config: TrainConfig, world: World) -> SummedLosses:
     """Switch on what the settings ask for: recomputed activations, compiled experts, sharding."""
     layers = list(root.model.decoder.layers)
-    for module in root.modules():
-        if config.compile and isinstance(module, Expert):
-            module.heads = torch.compile(module.heads, dynamic=True)
-            module.finish = torch.compile(module.finish, dynamic=True)
+    if config.compile:
+        compile_experts(root)
     for layer in layers:
         if config.activation_checkpointing:
             layer.forward = partial(checkpoint, layer.forward, use_reentrant=False, preserve_rng_state=False)

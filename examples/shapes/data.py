@@ -11,14 +11,21 @@ from dataclasses import dataclass
 
 from PIL import Image
 
+from bagel.evaluation.questions import ask
+from bagel.evaluation.render import render
 from bagel.evaluation.samples import Example, sample
+from bagel.evaluation.scene import Scene, random_scene
 from bagel.evaluation.tasks import NEXT_FRAME, SHOWN_FRAMES
 from bagel.options import THINK_GENERATE
 from bagel.training import ItemMaker
 from bagel.training.samples import Item
 
-WEIGHTS = {"t2i1": 4, "t2i2": 3, "t2i3": 3, "caption": 2, "qa": 2, "edit": 4, "think": 1.5, "frames": 1}
+WEIGHTS = {"t2i1": 8, "t2i2": 16, "t2i3": 16, "caption": 12, "qa": 16, "edit": 18, "think": 5, "frames": 7}
 """How often each task is drawn."""
+TARGETS = 4
+"""Noisy copies of a picture to learn from, at times of their own: what they follow is read once for all of them."""
+QUESTIONS = 3
+"""Questions about one picture, one after the other as in a chat."""
 
 
 @dataclass(frozen=True)
@@ -28,27 +35,38 @@ class Shapes:
     task: str
     maker: ItemMaker
     side: int
-    split: str = "train"
 
     def __call__(self, rng: random.Random) -> Sequence[Item]:
         """Return the items of one random example."""
-        example = sample(rng, "video" if self.task == "frames" else self.task, self.split, side=self.side)
+        if self.task == "qa":
+            return self.chat(random_scene(rng, objects=rng.choice((1, 2, 3))), rng)
+        return self.items(sample(rng, "video" if self.task == "frames" else self.task, side=self.side), rng)
+
+    def items(self, example: Example, rng: random.Random) -> Sequence[Item]:
+        """Return the items of an example."""
         if self.task.startswith("t2i"):
             return self.text_to_image(example)
-        if self.task in ("caption", "qa"):
-            return self.answer(example)
-        return {"edit": self.edit, "think": self.think, "frames": self.frames}[self.task](example, rng)
+        return {"caption": self.caption, "edit": self.edit, "think": self.think, "frames": self.frames}[self.task](
+            example, rng
+        )
 
     def text_to_image(self, example: Example) -> list[Item]:
         """Caption, then the picture to learn; the caption is dropped now and then."""
         (caption,), (picture,) = example.inputs, example.outputs
-        return [self.maker.text(caption, droppable=True), self.maker.latent(picture, loss=True)]
+        return [self.maker.text(caption, droppable=True), *self.targets(picture)]
 
-    def answer(self, example: Example) -> list[Item]:
-        """Picture and question, then the answer to learn; a question sees the picture through the ViT only."""
-        picture, question = example.inputs
-        answer = example.outputs[0]
-        return [self.maker.vit(picture), self.maker.text(question), self.maker.text(answer, loss=True)]
+    def caption(self, example: Example, rng: random.Random) -> list[Item]:
+        """Picture and request, then the caption to learn; a question sees the picture through the ViT only."""
+        (picture, request), (caption,) = example.inputs, example.outputs
+        return [self.maker.vit(picture), self.maker.text(request), self.maker.text(caption, loss=True)]
+
+    def chat(self, scene: Scene, rng: random.Random) -> list[Item]:
+        """Picture, then questions, each followed by its answer to learn."""
+        items: list[Item] = [self.maker.vit(render(scene, side=self.side))]
+        asked = [ask(rng, scene) for _ in range(2 * QUESTIONS)]
+        for question in [question for question in asked if question is not None][:QUESTIONS]:
+            items += [self.maker.text(question.text), self.maker.text(question.answer, loss=True)]
+        return items
 
     def edit(self, example: Example, rng: random.Random) -> list[Item]:
         """Picture (as latents and through the ViT) and instruction, then the changed picture to learn."""
@@ -56,7 +74,7 @@ class Shapes:
         return [
             *self.shown([picture], rng),
             self.maker.text(instruction, droppable=True),
-            self.target(example.outputs[0]),
+            *self.targets(example.outputs[0]),
         ]
 
     def think(self, example: Example, rng: random.Random) -> list[Item]:
@@ -66,19 +84,19 @@ class Shapes:
         """
         system, (prompt,), (plan, picture) = self.maker.text(THINK_GENERATE), example.inputs, example.outputs
         if rng.random() < 0.1:
-            return [system, self.target(picture)]
-        return [system, self.maker.text(prompt), self.maker.text(plan, loss=True), self.target(picture)]
+            return [system, *self.targets(picture)]
+        return [system, self.maker.text(prompt), self.maker.text(plan, loss=True), *self.targets(picture)]
 
     def frames(self, example: Example, rng: random.Random) -> list[Item]:
         """Three frames in a row, then the fourth to learn."""
         first = rng.randrange(len(example.outputs) - SHOWN_FRAMES)
         frames = example.outputs[first : first + SHOWN_FRAMES + 1]
         text = self.maker.text(NEXT_FRAME, droppable=True)
-        return [*self.shown(frames[:-1], rng), text, self.target(frames[-1])]
+        return [*self.shown(frames[:-1], rng), text, *self.targets(frames[-1])]
 
-    def target(self, picture: Image.Image) -> Item:
-        """Return the picture to learn."""
-        return self.maker.latent(picture, loss=True)
+    def targets(self, picture: Image.Image) -> list[Item]:
+        """Return the picture to learn; the copies do not see one another."""
+        return [self.maker.latent(picture, loss=True)] * TARGETS
 
     def shown(self, pictures: Sequence[Image.Image], rng: random.Random) -> list[Item]:
         """Return both views of each input picture; now and then all pictures are left out, as guidance does."""

@@ -1,4 +1,7 @@
-"""A pool of encoded examples, for training without a GPU: the autoencoder then runs once for each picture."""
+"""Pictures encoded ahead, for training without a GPU: the autoencoder then runs once for each, not once a step.
+
+Words are drawn afresh whenever a picture is used, and questions about pictures need no autoencoder.
+"""
 
 from __future__ import annotations
 
@@ -6,53 +9,110 @@ import dataclasses
 import random
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 import torch
 from data import Shapes
+from PIL import Image
 
+from bagel.evaluation.samples import Example, reworded, sample
 from bagel.image import patchify
-from bagel.training import ItemMaker, LatentItem
+from bagel.training import ItemMaker, LatentItem, ViTItem
 from bagel.training.samples import Item
 from bagel.vae import Autoencoder
 
-BLOCK = 200
+BLOCK = 1000
+"""Examples of a file."""
+DRAWN = {"t2i1": 10, "t2i2": 24, "t2i3": 24, "think": 10, "edit": 26, "frames": 6}
+"""Share of each task that draws."""
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """Both views of a picture; stands in its place in an example."""
+
+    latent: LatentItem
+    seen: ViTItem
+
+
+class EncodedMaker(ItemMaker):
+    """Makes the items of encoded pictures."""
+
+    def latent(self, image: Any, *, loss: bool = False, droppable: bool = False) -> LatentItem:
+        """Return the latents of a picture."""
+        return dataclasses.replace(image.latent, loss=loss, droppable=droppable)
+
+    def condition(self, image: Any, *, droppable: bool = True) -> tuple[LatentItem, ViTItem]:
+        """Return both views of a picture."""
+        return self.latent(image, droppable=droppable), dataclasses.replace(image.seen, droppable=droppable)
 
 
 @dataclass(frozen=True)
 class Pooled:
-    """Draws from a pool of samples."""
+    """Draws the examples of a task from a pool."""
 
-    samples: Sequence[Sequence[Item]]
+    shapes: Shapes
+    examples: Sequence[Example]
 
     def __call__(self, rng: random.Random) -> Sequence[Item]:
-        """Return one sample."""
-        return self.samples[rng.randrange(len(self.samples))]
+        """Return the items of one example, in words of its own."""
+        return self.shapes.items(reworded(rng, rng.choice(self.examples)), rng)
 
 
-def encoded_pool(
-    maker: ItemMaker, vae: Autoencoder, weights: Mapping[str, float], *, size: int, side: int
-) -> list[list[Item]]:
-    """Return `size` samples of all tasks with their pictures encoded; the same ones whenever it is called."""
-    vae = vae.to(torch.bfloat16)
-    rng, generator = random.Random(1), torch.Generator().manual_seed(0)
-    pool: list[list[Item]] = []
-    while len(pool) < size:
-        block = []
-        for _ in range(BLOCK):
-            (task,) = rng.choices(list(weights), list(weights.values()))
-            block.append(list(Shapes(task, maker, side)(rng)))
-        pool += encoded(block, vae, generator, patch=maker.config.latent_patch_size)
+def write_pool(folder: Path, maker: ItemMaker, vae: Autoencoder, *, blocks: int, side: int) -> None:
+    """Write so many files of encoded examples; those that are there already are kept."""
+    folder.mkdir(parents=True, exist_ok=True)
+    vae = vae.to(torch.bfloat16, memory_format=torch.channels_last)
+    for block in range(blocks):
+        file = folder / f"{block:04d}.pt"
+        if not file.exists():
+            torch.save(encoded_block(block, maker, vae, side=side), file.with_suffix(".tmp"))
+            file.with_suffix(".tmp").rename(file)
+        print(f"{block + 1} of {blocks} blocks", end="\r", flush=True)
+
+
+def read_pool(folder: Path) -> Mapping[str, list[Example]]:
+    """Return the examples of each task."""
+    files = sorted(folder.glob("*.pt"))
+    if not files:
+        raise SystemExit(f"{folder} holds no pool: run `train.py pool --out {folder}` first")
+    pool: dict[str, list[Example]] = {task: [] for task in DRAWN}
+    for file in files:
+        for task, example in torch.load(file, weights_only=False):
+            pool[task].append(example)
     return pool
 
 
+def encoded_block(block: int, maker: ItemMaker, vae: Autoencoder, *, side: int) -> list[tuple[str, Example]]:
+    """Return the examples of a block, by task, with their pictures encoded; the same ones whenever it is called."""
+    rng, generator = random.Random(f"pool/{block}"), torch.Generator().manual_seed(block)
+    examples = []
+    for task in rng.choices(list(DRAWN), list(DRAWN.values()), k=BLOCK):
+        examples.append((task, sample(rng, "video" if task == "frames" else task, side=side)))
+    pictures = [part for _, e in examples for part in (*e.inputs, *e.outputs) if isinstance(part, Image.Image)]
+    views = [maker.condition(picture) for picture in pictures]
+    pixels = torch.stack([latent.content for latent, _ in views]).to(memory_format=torch.channels_last)
+    latents = torch.cat([encode(part, vae, generator) for part in pixels.split(BLOCK // 10)])
+    # Views of two tensors: a file then holds two tensors, not thousands.
+    tokens = torch.stack([patchify(z, maker.config.latent_patch_size) for z in latents])
+    patches = torch.stack([seen.patches for _, seen in views])
+    encoded = {
+        id(picture): Encoded(dataclasses.replace(latent, content=z), dataclasses.replace(seen, patches=x))
+        for picture, (latent, seen), z, x in zip(pictures, views, tokens, patches, strict=True)
+    }
+
+    def swapped(parts: tuple) -> tuple:
+        return tuple(encoded.get(id(part), part) for part in parts)
+
+    return [
+        (task, dataclasses.replace(e, inputs=swapped(e.inputs), outputs=swapped(e.outputs))) for task, e in examples
+    ]
+
+
 @torch.inference_mode()
-def encoded(samples: list[list[Item]], vae: Autoencoder, generator: torch.Generator, *, patch: int) -> list[list[Item]]:
-    """Return samples with the latents of their pictures, sampled from the posterior, in place of the pixels."""
-    found = [(i, j) for i, items in enumerate(samples) for j, item in enumerate(items) if isinstance(item, LatentItem)]
-    pixels = torch.stack([samples[i][j].content for i, j in found]).float() / 127.5 - 1
-    down = vae.config.downsample
-    shape = (len(found), vae.config.z_channels, pixels.shape[2] // down, pixels.shape[3] // down)
-    latents = vae.encode(pixels, torch.randn(shape, generator=generator)).float()
-    for (i, j), latent in zip(found, latents, strict=True):
-        samples[i][j] = dataclasses.replace(samples[i][j], content=patchify(latent, patch).clone())
-    return samples
+def encode(pixels: torch.Tensor, vae: Autoencoder, generator: torch.Generator) -> torch.Tensor:
+    """Return latents of pictures (n, 3, H, W) in 8 bits, sampled from the posterior."""
+    count, down = len(pixels), vae.config.downsample
+    shape = (count, vae.config.z_channels, pixels.shape[2] // down, pixels.shape[3] // down)
+    return vae.encode(pixels.float() / 127.5 - 1, torch.randn(shape, generator=generator)).float()

@@ -2,6 +2,7 @@
 
     python examples/shapes/model.py runs/start                                 sizes, tokenizer, fresh weights
     python examples/shapes/train.py vae   --start runs/start --out runs/vae
+    python examples/shapes/train.py pool  --start runs/start --vae runs/vae --out runs/pool       without a GPU only
     python examples/shapes/train.py model --start runs/start --vae runs/vae --out runs/model
     python examples/shapes/train.py export --run runs/model --to bagel/demo/checkpoint
 
@@ -20,13 +21,15 @@ import numpy as np
 import torch
 from data import WEIGHTS, Shapes
 from model import CONFIG, SIDE
-from pool import Pooled, encoded_pool
+from pool import EncodedMaker, Pooled, read_pool, write_pool
 from safetensors.torch import load_file
 
 from bagel.config import VAEConfig
 from bagel.evaluation.samples import sample
 from bagel.loading import load_parts
+from bagel.modeling import Bagel
 from bagel.pipeline import BagelPipeline
+from bagel.tokenizer import Tokenizer
 from bagel.training import Data, Dropout, Generated, ItemMaker, Rules, TrainConfig, Trainer
 from bagel.training.state import newest
 from bagel.training.vae_training import VAELossWeights, VAETrainer
@@ -36,16 +39,18 @@ VAE = TrainConfig(
     steps=9000, lr=1e-3, warmup=300, schedule="cosine", min_lr=0.02, ema_decay=0.999, clip_norm=1.0, log_every=100
 )
 MODEL = TrainConfig(
-    steps=6200,
-    lr=1.5e-3,
-    warmup=300,
+    steps=8000,
+    lr=2.5e-3,
+    warmup=100,
     schedule="cosine",
-    min_lr=0.02,
+    min_lr=0.01,
+    optimizer="muon",
     betas=(0.9, 0.98),
     weight_decay=0.01,
     ema_decay=0.998,
     log_every=50,
     precision="bfloat16",
+    compile=True,
 )
 
 
@@ -90,24 +95,34 @@ def trained_vae(folder: Path) -> Autoencoder:
     return vae
 
 
-def train_model(args: argparse.Namespace) -> None:
-    """Train the model on all tasks, from the fresh weights or from where the run in --out stopped."""
+def with_vae(args: argparse.Namespace) -> tuple[Bagel, Autoencoder, Tokenizer]:
+    """Return the fresh model and its tokenizer with the autoencoder that was trained for them."""
     model, _, tokenizer = load_parts(args.start, device="cpu", dtype=torch.float32)
     vae = trained_vae(args.vae)
-    config = dataclasses.replace(model.config, vae_config=vae.config)
-    model.config = config
-    maker = ItemMaker(config, tokenizer)
+    model.config = dataclasses.replace(model.config, vae_config=vae.config)
+    return model, vae, tokenizer
+
+
+def make_pool(args: argparse.Namespace) -> None:
+    """Encode pictures ahead; goes on where it was stopped."""
+    model, vae, tokenizer = with_vae(args)
+    write_pool(args.out, ItemMaker(model.config, tokenizer), vae, blocks=args.blocks, side=SIDE)
+
+
+def train_model(args: argparse.Namespace) -> None:
+    """Train the model on all tasks, from the fresh weights or from where the run in --out stopped."""
+    model, vae, tokenizer = with_vae(args)
+    makers = {task: Shapes(task, ItemMaker(model.config, tokenizer), SIDE) for task in WEIGHTS}
     if args.pool:
-        samples = encoded_pool(maker, trained_vae(args.vae), WEIGHTS, size=args.pool, side=SIDE)
-        sources = {"pool": Generated(Pooled(samples))}
-    else:
-        sources = {task: Generated(Shapes(task, maker, SIDE)) for task in WEIGHTS}
+        encoded = EncodedMaker(model.config, tokenizer)
+        pool = read_pool(args.pool)
+        makers |= {task: Pooled(Shapes(task, encoded, SIDE), examples) for task, examples in pool.items()}
     data = Data(
-        sources=sources,
-        rules=Rules.of(config, tokenizer, dropout=Dropout(text=0.1, vae=0.1, vit=0.3)),
+        sources={task: Generated(make) for task, make in makers.items()},
+        rules=Rules.of(model.config, tokenizer, dropout=Dropout(text=0.1, vae=0.1, vit=0.3)),
         image_tokens=(tokenizer.image_start_id, tokenizer.image_end_id),
         token_budget=args.tokens,
-        weights=WEIGHTS if not args.pool else {},
+        weights=WEIGHTS,
         streams=1 if args.pool else 48,
     )
     train = dataclasses.replace(MODEL, workers=args.workers, save_every=args.save_every, **args.set)
@@ -138,14 +153,19 @@ def main() -> None:
         command.add_argument("--set", type=json.loads, default={}, help='other settings as JSON, e.g. {"steps": 100}')
         if name == "model":
             command.add_argument("--vae", type=Path, required=True)
-            command.add_argument("--tokens", type=int, default=6000, help="tokens of a step")
-            command.add_argument("--pool", type=int, default=0, help="encode so many samples once and draw from them")
+            command.add_argument("--tokens", type=int, default=12000, help="tokens of a step")
+            command.add_argument("--pool", type=Path, help="draw from pictures encoded ahead")
             command.add_argument("--time-limit", type=float, help="save and stop after so many seconds")
+    command = commands.add_parser("pool")
+    command.add_argument("--start", type=Path, required=True)
+    command.add_argument("--vae", type=Path, required=True)
+    command.add_argument("--out", type=Path, required=True)
+    command.add_argument("--blocks", type=int, default=160, help="files of a thousand examples")
     command = commands.add_parser("export")
     command.add_argument("--run", type=Path, required=True)
     command.add_argument("--to", type=Path, required=True)
     args = parser.parse_args()
-    {"vae": train_vae, "model": train_model, "export": export}[args.command](args)
+    {"vae": train_vae, "pool": make_pool, "model": train_model, "export": export}[args.command](args)
 
 
 if __name__ == "__main__":

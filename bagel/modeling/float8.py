@@ -1,0 +1,102 @@
+"""Linear layers in 8-bit floats: half the memory of bfloat16, and twice its speed on GPUs that have them; lossy.
+
+Weights are rounded once, a scale for each output channel; inputs whenever they come, a scale for each token
+(arXiv 2209.05433, the e4m3 format).
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import ScalingType, scaled_mm
+
+from bagel.modeling.bagel import Bagel
+
+FORMAT = torch.float8_e4m3fn
+LARGEST = torch.finfo(FORMAT).max
+TINY = 1e-12
+"""Smallest scale, so that a row of zeros can be divided by its own."""
+GPU = (8, 9)
+"""The first CUDA compute capability that multiplies 8-bit floats."""
+
+
+class Float8Linear(nn.Module):
+    """What a linear layer computes, with both factors rounded to 8 bits and the sums in float32.
+
+    Args:
+        linear: the layer to round; on its device.
+    """
+
+    weight: Tensor
+    scale: Tensor
+
+    def __init__(self, linear: nn.Linear) -> None:
+        super().__init__()
+        weight, scale = rounded(linear.weight.detach())
+        self.register_buffer("weight", weight)  # (out, in)
+        self.register_buffer("scale", scale)  # (out, 1) float32
+        self.bias = linear.bias
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map x (T, in) to (T, out) of its type."""
+        rows, scale = rounded(x)
+        kind = ScalingType.RowWise
+        out = scaled_mm(rows, self.weight.t(), scale, kind, self.scale.t(), kind, output_dtype=torch.bfloat16)
+        out = out.to(x.dtype)
+        return out if self.bias is None else out + self.bias
+
+
+def rounded(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Return x (n, k) in 8 bits and the float32 scales (n, 1) of its rows."""
+    exact = x.float()
+    scale = (exact.abs().amax(-1, keepdim=True) / LARGEST).clamp(min=TINY)
+    return (exact / scale).to(FORMAT), scale
+
+
+def round_linears(module: nn.Module) -> int:
+    """Put 8-bit layers in the place of all linear layers within a module and return how many there were.
+
+    Raises:
+        ValueError: a layer whose sides are no multiples of 16, or a GPU that has no 8-bit floats.
+    """
+    found = [
+        (parent, name, child)
+        for parent in module.modules()
+        for name, child in parent.named_children()
+        if isinstance(child, nn.Linear)
+    ]
+    for _, name, child in found:
+        device = child.weight.device
+        if device.type == "cuda" and torch.cuda.get_device_capability(device) < GPU:
+            raise ValueError(f"{torch.cuda.get_device_name(device)} cannot multiply 8-bit floats; use bfloat16")
+        if child.in_features % 16 or child.out_features % 16:
+            raise ValueError(
+                f"8-bit layers need sides that are multiples of 16, got {child.in_features} x {child.out_features} "
+                f"({name})"
+            )
+    for parent, name, child in found:
+        setattr(parent, name, Float8Linear(child))
+    return len(found)
+
+
+def round_experts(model: Bagel, *, und: bool = False) -> int:
+    """Round the linear layers of a model's gen experts in place, and return how many; see `round_linears`.
+
+    The first and the last layer stay as they are: rounding them costs more than all others.
+
+    Args:
+        model: loaded, on its device.
+        und: round the und experts too, by which text is decoded.
+
+    Raises:
+        ValueError: it is rounded already, or see `round_linears`.
+    """
+    if is_rounded(model):
+        raise ValueError("this model is rounded to 8-bit floats already; load it again to round other parts")
+    experts = [expert for layer in model.decoder.layers[1:-1] for expert in (layer.gen, layer.und if und else None)]
+    return sum(round_linears(expert) for expert in experts if expert is not None)
+
+
+def is_rounded(model: nn.Module) -> bool:
+    """Tell whether any layer of a model is rounded."""
+    return any(isinstance(module, Float8Linear) for module in model.modules())

@@ -116,4 +116,4 @@ def extend(
 ) -> None:
     """Append each sample's segments to its context, all in one pass."""
     packed = pack(samples, image_tokens=image_tokens, starts=[context.position for context in targets])
-    model.prefill(packed.to(model.device), targets, attention=attention)
+    model.read(packed.to(model.device), targets, attention=attention)

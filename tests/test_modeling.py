@@ -52,6 +52,14 @@ def assert_same(one: tuple, other: tuple) -> None:
     assert all(torch.equal(a, b) if isinstance(a, Tensor) else a == b for a, b in zip(one, other, strict=True))
 
 
+def test_reading_leaves_what_prefill_leaves(model):
+    wanted, _ = filled(model, *SEGMENTS)
+    context = model.new_context()
+    for segment in SEGMENTS:
+        model.read(packed_of([segment], starts=[context.position]), [context])
+    assert_same(held(context), held(wanted))
+
+
 # One forward serves all -----------------------------------------------------------------------------------------------
 
 

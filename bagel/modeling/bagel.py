@@ -17,6 +17,7 @@ from bagel.modeling.cache import Context, KVCache
 from bagel.modeling.embeddings import Connector, PositionTable, TimestepEmbedder
 from bagel.modeling.mot import Attend, Decoder, Streams
 from bagel.modeling.plan import AttentionPlan, Sequence, plan_packed
+from bagel.modeling.rope import Rotary
 from bagel.packing import Packed
 from bagel.vit import SiglipViT
 
@@ -145,12 +146,8 @@ class Bagel(nn.Module):
             ValueError: another number of contexts than of samples, latents of a wrong width.
             MissingHalfError: a picture for which the model lacks the half.
         """
-        if contexts is not None and len(contexts) != len(packed.samples):
-            raise ValueError(f"{len(packed.samples)} packed samples need as many contexts, got {len(contexts)}")
-        if attend is None:
-            attend = plan_packed(packed, contexts=contexts, device=self.device, backend=attention)
-        rotary = self.decoder.rotary(packed.und_positions), self.decoder.rotary(packed.gen_positions)
-        return self.decoder(self.embed(packed), rotary, attend)
+        attend = attend or self._plan(packed, contexts, attention)
+        return self.decoder(self.embed(packed), self._rotary(packed), attend)
 
     def prefill(self, packed: Packed, contexts: list[Context], *, attention: str = "sdpa") -> Streams:
         """Append every sample to its context; same arguments, result and errors as calling the model.
@@ -159,10 +156,27 @@ class Bagel(nn.Module):
         next begins is a shorter view of the context a prefix of the sequence.
         """
         hidden = self(packed, contexts, attention=attention)
-        for context, sample, position in zip(contexts, packed.samples, packed.next_positions, strict=True):
-            context.length += len(sample)
-            context.position = position
+        _advance(contexts, packed)
         return hidden
+
+    def read(self, packed: Packed, contexts: list[Context], *, attention: str = "sdpa") -> None:
+        """Append every sample to its context as `prefill` does, without the states that leave the last layer.
+
+        A context holds keys and values alone; so the last layer's attention and MLP need not run.
+        """
+        plan = self._plan(packed, contexts, attention)
+        heads = self.decoder.heads_of_last(self.embed(packed), self._rotary(packed), plan)
+        for _ in plan.remember(len(self.decoder.layers) - 1, *heads):
+            pass
+        _advance(contexts, packed)
+
+    def _plan(self, packed: Packed, contexts: list[Context] | None, attention: str) -> AttentionPlan:
+        if contexts is not None and len(contexts) != len(packed.samples):
+            raise ValueError(f"{len(packed.samples)} packed samples need as many contexts, got {len(contexts)}")
+        return plan_packed(packed, contexts=contexts, device=self.device, backend=attention)
+
+    def _rotary(self, packed: Packed) -> tuple[Rotary, Rotary]:
+        return self.decoder.rotary(packed.und_positions), self.decoder.rotary(packed.gen_positions)
 
     def decode(self, ids: Tensor, contexts: list[Context], *, attention: str = "sdpa") -> Tensor:
         """Append one token (B,) to each of B contexts and return the logits (B, vocab) float32 of what follows."""
@@ -201,6 +215,13 @@ class Bagel(nn.Module):
             mse = (self.velocity(hidden.gen[packed.target_rows]) - packed.velocity).square()
             loss = loss + mse.mean()
         return Losses(loss=loss, ce=ce, mse=mse)
+
+
+def _advance(contexts: list[Context], packed: Packed) -> None:
+    """Count a packed batch's tokens into its contexts."""
+    for context, sample, position in zip(contexts, packed.samples, packed.next_positions, strict=True):
+        context.length += len(sample)
+        context.position = position
 
 
 def _linear_float32(x: Tensor, linear: nn.Linear) -> Tensor:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn.functional import ScalingType, scaled_mm
 
 from bagel.modeling.bagel import Bagel
+from bagel.modeling.mot import DecoderLayer
 
 FORMAT = torch.float8_e4m3fn
 LARGEST = torch.finfo(FORMAT).max
@@ -93,7 +94,8 @@ def round_experts(model: Bagel, *, und: bool = False) -> int:
     """
     if is_rounded(model):
         raise ValueError("this model is rounded to 8-bit floats already; load it again to round other parts")
-    experts = [expert for layer in model.decoder.layers[1:-1] for expert in (layer.gen, layer.und if und else None)]
+    inner = [layer for layer in model.decoder.layers if isinstance(layer, DecoderLayer)][1:-1]
+    experts = [layer.gen for layer in inner] + [layer.und for layer in inner if und]
     return sum(round_linears(expert) for expert in experts if expert is not None)
 
 

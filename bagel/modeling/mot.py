@@ -38,12 +38,18 @@ class DecoderLayer(nn.Module):
 
     def forward(self, x: Streams, rotary: tuple[Rotary, Rotary], attend: Attend) -> Streams:
         """Map both residual streams to themselves."""
-        experts = (self.und, self.gen or self.und)
-        heads = [expert.heads(own, table, self.und) for expert, own, table in zip(experts, x, rotary, strict=True)]
-        seen = attend(self.index, *heads)
+        seen = attend(self.index, *self.heads(x, rotary))
         return Streams(
-            *(expert.finish(own, gathered, self.und) for expert, own, gathered in zip(experts, x, seen, strict=True))
+            *(e.finish(own, gathered, self.und) for e, own, gathered in zip(self._experts(), x, seen, strict=True))
         )
+
+    def heads(self, x: Streams, rotary: tuple[Rotary, Rotary]) -> tuple[Heads, Heads]:
+        """Return queries, keys and values of both residual streams."""
+        und, gen = (e.heads(own, table, self.und) for e, own, table in zip(self._experts(), x, rotary, strict=True))
+        return und, gen
+
+    def _experts(self) -> tuple[Expert, Expert]:
+        return self.und, self.gen or self.und
 
 
 class Decoder(nn.Module):
@@ -91,6 +97,12 @@ class Decoder(nn.Module):
         for layer in self.layers:
             x = layer(x, rotary, attend)
         return x
+
+    def heads_of_last(self, x: Streams, rotary: tuple[Rotary, Rotary], attend: Attend) -> tuple[Heads, Heads]:
+        """Run all layers but the last, and return its queries, keys and values: a context needs no more."""
+        for layer in self.layers[:-1]:
+            x = layer(x, rotary, attend)
+        return self.layers[-1].heads(x, rotary)
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Return float32 logits (T, vocab) of und tokens (T, H) as they leave the last layer."""

@@ -6,12 +6,13 @@ belong together, what they see, and where their keys and values are kept.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from bagel.attention import attention
+from bagel.attention import attention, lower_right_causal
 from bagel.modeling.cache import Context, Place
 from bagel.modeling.layers import Heads
 from bagel.packing import Packed
@@ -48,15 +49,20 @@ class AttentionPlan:
     def __call__(self, layer: int, und: Heads, gen: Heads) -> tuple[Tensor, Tensor]:
         """Return what the und tokens (Tu, Hq, D) and the gen tokens (Tg, Hq, D) gather."""
         und_out, gen_out = [], []
-        for sequence in self.sequences:
-            q, k, v = (_join(a[sequence.und], b[sequence.gen]) for a, b in zip(und, gen, strict=True))
-            if sequence.context is not None:
-                k, v = sequence.context.extended(layer, k, v, sequence.place)
+        for sequence, (q, k, v) in zip(self.sequences, self.remember(layer, und, gen), strict=True):
             out = attention(q, k, v, causal=sequence.causal, mask=sequence.mask, backend=self.backend)
             num_und = sequence.und.stop - sequence.und.start
             und_out.append(out[:num_und])
             gen_out.append(out[num_und:])
         return _concat(und_out), _concat(gen_out)
+
+    def remember(self, layer: int, und: Heads, gen: Heads) -> Iterator[Heads]:
+        """Write keys and values into the contexts; yield each sequence's queries, and all keys and values it sees."""
+        for sequence in self.sequences:
+            q, k, v = (_join(a[sequence.und], b[sequence.gen]) for a, b in zip(und, gen, strict=True))
+            if sequence.context is not None:
+                k, v = sequence.context.extended(layer, k, v, sequence.place)
+            yield q, k, v
 
 
 def plan_packed(
@@ -71,8 +77,11 @@ def plan_packed(
         single = len(sample.splits) <= 1
         causal = single and any(split.attention == "causal" for split in sample.splits)
         mask = None if single else sample.stream_mask().to(device)
-        if mask is not None and context is not None:  # everything sees the whole context
-            mask = torch.cat([mask.new_ones(len(sample), context.length), mask], dim=1)
+        if context is not None and context.length:
+            if mask is not None:  # everything sees the whole context
+                mask = torch.cat([mask.new_ones(len(sample), context.length), mask], dim=1)
+            elif causal and backend == "sdpa":  # it would make this mask in every layer
+                mask, causal = lower_right_causal(len(sample), context.length + len(sample), device), False
         sequences.append(Sequence(sample.und, sample.gen, context=context, causal=causal, mask=mask))
     return AttentionPlan(sequences, backend=backend)
 

@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from bagel.config import BAGEL_7B, BagelConfig
-    from bagel.pipeline import BagelPipeline, ImageResult, TextResult
+    from bagel.pipeline import BagelPipeline
+    from bagel.results import ImageResult, TextResult
     from bagel.tokenizer import Tokenizer
 
 __version__ = "0.1.0"
@@ -22,8 +23,8 @@ _HOMES = {
     "BAGEL_7B": "bagel.config",
     "BagelConfig": "bagel.config",
     "BagelPipeline": "bagel.pipeline",
-    "ImageResult": "bagel.pipeline",
-    "TextResult": "bagel.pipeline",
+    "ImageResult": "bagel.results",
+    "TextResult": "bagel.results",
     "Tokenizer": "bagel.tokenizer",
 }
 

@@ -9,7 +9,7 @@ import torch
 
 from bagel.inputs import Job, Parts
 from bagel.modeling import Context
-from bagel.sampling import TextSampling, discard_draw, next_token
+from bagel.sampling import TextSampling, discard_draw, next_tokens
 from bagel.tokenizer import TextStream
 
 
@@ -21,6 +21,10 @@ class Answer:
     finish_reason: str = ""
 
 
+LOOK_EVERY = 8
+"""On a device that computes by itself: tokens decoded before any of them is looked at. A text that has ended costs at most so many in vain."""
+
+
 @torch.inference_mode()
 def decode(
     parts: Parts,
@@ -29,28 +33,56 @@ def decode(
     *,
     sampling: TextSampling,
     max_new_tokens: int,
+    look_every: int | None = None,
 ) -> Iterator[list[Answer]]:
-    """Decode one text from each context, which stay as they are; a token of every unfinished text at a time.
+    """Decode one text from each context, which stay as they are; some tokens of every unfinished text at a time.
+
+    Generators end up as if nothing had been decoded after a text's end.
+
+    Args:
+        parts: model and tokenizer.
+        contexts: what to go on from.
+        generators: one a text.
+        sampling: how tokens are chosen.
+        max_new_tokens: limit of each text.
+        look_every: tokens at a time; by default one on a CPU, elsewhere `LOOK_EVERY`.
 
     Yields:
-        All answers after each step, the same objects; the caller may end one by setting its `finish_reason`.
+        All answers after each round, the same objects; the caller may end one by setting its `finish_reason`.
     """
     model, eos = parts.model, parts.tokenizer.eos_id
+    at_a_time = look_every or (1 if model.device.type == "cpu" else LOOK_EVERY)
     answers = [Answer() for _ in contexts]
     forks = [context.fork() for context in contexts]
     for fork in forks:
         fork.cache.reserve(tokens=fork.length + max_new_tokens)
-    last = [parts.tokenizer.bos_id] * len(answers)
-    while active := [i for i, answer in enumerate(answers) if not answer.finish_reason]:
-        ids = torch.tensor([last[i] for i in active], device=model.device)
-        logits = model.decode(ids, [forks[i] for i in active], attention=parts.attention)
-        drawn = [next_token(row, sampling, generators[i]) for row, i in zip(logits, active, strict=True)]
-        for i, token in zip(active, torch.stack(drawn).tolist(), strict=True):
-            _take(answers[i], token, eos=eos, limit=max_new_tokens)
-            last[i] = token
-            if answers[i].finish_reason == "length":
-                discard_draw(logits.shape[-1], sampling, generators[i])
+    ids = torch.full((len(answers),), parts.tokenizer.bos_id, device=model.device)
+    active = list(range(len(answers)))
+    left = max_new_tokens
+    while active:
+        count = min(at_a_time, left)
+        left -= count
+        own = [generators[i] for i in active]
+        rounds, states = [], []
+        logits = torch.empty(0)
+        for _ in range(count):
+            logits = model.decode(ids, [forks[i] for i in active], attention=parts.attention)
+            ids = next_tokens(logits, sampling, own)
+            rounds.append(ids)
+            states.append([] if sampling.greedy else [generator.get_state() for generator in own])
+        for tokens, after in zip(torch.stack(rounds).tolist(), states, strict=True):
+            for place, (i, token) in enumerate(zip(active, tokens, strict=True)):
+                if answers[i].finish_reason:
+                    continue
+                _take(answers[i], token, eos=eos, limit=max_new_tokens)
+                if answers[i].finish_reason and not sampling.greedy:
+                    generators[i].set_state(after[place])
+                    if answers[i].finish_reason == "length":
+                        discard_draw(logits.shape[-1], sampling, generators[i])
         yield answers
+        places = [place for place, i in enumerate(active) if not answers[i].finish_reason]
+        if len(places) < len(active):
+            ids, active = ids[places], [active[place] for place in places]
 
 
 def _take(answer: Answer, token: int, *, eos: int, limit: int) -> None:
@@ -112,9 +144,11 @@ def write_texts(parts: Parts, jobs: Sequence[Job], *, limit: int, stop: Sequence
         for i, (answer, writer) in enumerate(zip(answers, writers, strict=True)):
             for token in answer.ids[taken[i] :]:
                 texts[i] += writer.push(token)
-            taken[i] = len(answer.ids)
-            if writer.stopped:
-                answer.finish_reason = "stop"
+                taken[i] += 1
+                if writer.stopped:  # what was decoded after the stop string is not part of the answer
+                    answer.finish_reason = "stop"
+                    del answer.ids[taken[i] :]
+                    break
     for i, (answer, writer) in enumerate(zip(answers, writers, strict=True)):
         texts[i] += writer.flush()
         if writer.stopped:

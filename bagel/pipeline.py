@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, overload
 
@@ -19,37 +18,9 @@ from bagel.inputs import Input, Job, Parts, begin, check_inputs, check_texts, pr
 from bagel.memory import explain_out_of_memory
 from bagel.modeling import Bagel, MissingHalfError
 from bagel.options import Options, Output, make_options, one_by_one, with_options
+from bagel.results import ImageResult, TextResult
 from bagel.tokenizer import TextStream, Tokenizer
 from bagel.vae import Autoencoder
-
-
-@dataclass(frozen=True)
-class ImageResult:
-    """A picture.
-
-    `image` PIL RGB; `text` the plan of `think`, else None; `latents` (16, h/8, w/8) float32 on the CPU, as the flow
-    left them; `seed` the initial seed of its generator. It draws the picture again, unless a generator was given that
-    had been drawn from before.
-    """
-
-    image: Image.Image
-    text: str | None
-    latents: Tensor
-    seed: int
-
-
-@dataclass(frozen=True)
-class TextResult:
-    """An answer: its text, its token ids without bos and eos, why it ended ("stop" or "length"), its seed.
-
-    The seed is the initial one of its generator, as in `ImageResult`.
-    """
-
-    text: str
-    token_ids: tuple[int, ...]
-    finish_reason: str
-    seed: int
-
 
 Pictures = Image.Image | Sequence[Image.Image]
 LESS = "use fewer at a time, smaller pictures, fewer pictures among the inputs, a shorter text, or dtype=torch.bfloat16"
@@ -162,10 +133,17 @@ class BagelPipeline:
         Raises:
             RuntimeError: this machine lacks what compiling needs: a C++ compiler, or Triton for a GPU.
         """
-        from bagel.compiling import compile_pipeline
+        from bagel.compiling import compile_parts
 
-        compile_pipeline(self, backend=backend)
+        compile_parts(self.parts, self._use_once, backend=backend)
         return self
+
+    def _use_once(self) -> None:
+        """Read a text, decode from it, and draw a small picture; no square, lest a compiler take it that all are."""
+        self.understand([], "a", max_new_tokens=2)
+        if self.parts.vae is not None:
+            step = self.parts.model.config.latent_downsample
+            self.text_to_image("a", height=3 * step, width=4 * step, num_timesteps=2, progress=False)
 
     def use_float8(self, *, und: bool = False) -> BagelPipeline:
         """Round the gen experts to 8-bit floats in place, and return this pipeline: an approximation.

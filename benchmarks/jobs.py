@@ -12,7 +12,7 @@ from PIL import Image
 
 from bagel.image import patch_positions, resized_size
 from bagel.options import THINK_GENERATE
-from bagel.pipeline import TextResult
+from bagel.results import TextResult
 from benchmarks.bench import Bench
 from benchmarks.floors import Phase, Tokens
 

@@ -108,8 +108,9 @@ def generator(seed: int) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
 
 
-def last_of(parts: Parts, contexts, generators, sampling: TextSampling, limit: int) -> list[Answer]:
-    return list(decode(parts, contexts, generators, sampling=sampling, max_new_tokens=limit))[-1]
+def last_of(parts: Parts, contexts, generators, sampling: TextSampling, limit: int, every: int = 1) -> list[Answer]:
+    rounds = decode(parts, contexts, generators, sampling=sampling, max_new_tokens=limit, look_every=every)
+    return list(rounds)[-1]
 
 
 @pytest.mark.parametrize("sampling", [GREEDY, SAMPLED], ids=["greedy", "sampled"])
@@ -118,6 +119,26 @@ def test_a_batch_decodes_to_the_same_tokens_as_one_by_one(sampling):
     batch = last_of(PARTS, [context_of(p) for p in PROMPTS], [generator(i) for i in range(3)], sampling, 12)
     assert batch == singles
     assert len({tuple(answer.ids) for answer in singles}) == 3
+
+
+@pytest.mark.parametrize("sampling", [GREEDY, SAMPLED], ids=["greedy", "sampled"])
+@pytest.mark.parametrize("every", [3, 8, 100])
+def test_looking_seldom_changes_neither_tokens_nor_generators(sampling, every):
+    seldom, often = ([generator(i) for i in range(3)] for _ in range(2))
+    found = last_of(PARTS, [context_of(p) for p in PROMPTS], seldom, sampling, 12, every)
+    assert found == last_of(PARTS, [context_of(p) for p in PROMPTS], often, sampling, 12)
+    assert all(torch.equal(a.get_state(), b.get_state()) for a, b in zip(seldom, often, strict=True))
+
+
+def test_texts_that_end_within_a_round_end_there_and_the_others_go_on():
+    parts, contexts = scripted([5, EOS, 1, 1], [6, 7, 8, 9, 9], [7, 7, 7, 7, EOS])
+    answers = last_of(parts, contexts, [generator(0)] * 3, GREEDY, 5, 4)
+    assert [(a.ids, a.finish_reason) for a in answers] == [
+        ([5], "stop"),
+        ([6, 7, 8, 9, 9], "length"),
+        ([7, 7, 7, 7], "stop"),
+    ]
+    assert parts.model.fed == [[BOS, BOS, BOS], [5, 6, 7], [EOS, 7, 7], [1, 8, 7], [9, 7]]
 
 
 def test_decoding_starts_from_bos_and_leaves_the_context_as_it_is():
@@ -175,11 +196,12 @@ def test_the_limit_counts_new_tokens_and_eos_right_after_it_is_never_asked_for()
     assert (answer.ids, answer.finish_reason) == ([5, 6], "length")
 
 
-@pytest.mark.parametrize(("line", "draws"), [([5, 6, 7], 4), ([5, EOS], 2)], ids=["length", "stop"])
-def test_one_draw_more_than_is_kept_at_the_limit_and_none_after_eos(line, draws):
+@pytest.mark.parametrize("every", [1, 2, 8])
+@pytest.mark.parametrize(("line", "draws"), [([5, 6, 7], 4), ([5, EOS, 9], 2)], ids=["length", "stop"])
+def test_one_draw_more_than_is_kept_at_the_limit_and_none_after_eos(line, draws, every):
     parts, contexts = scripted(line)
     found, twin = generator(4), generator(4)
-    last_of(parts, contexts, [found], SAMPLED, 3)
+    last_of(parts, contexts, [found], SAMPLED, 3, every)
     for _ in range(draws):
         torch.multinomial(torch.ones(448), 1, generator=twin)
     assert torch.equal(found.get_state(), twin.get_state())
@@ -202,6 +224,17 @@ def test_written_texts_end_at_a_stop_string_each_on_its_own():
         ("no", "stop"),
     ]
     assert len(written_texts[0][1].ids) < len(lines[0])  # it did not decode on
+
+
+def test_a_written_text_keeps_no_token_from_after_its_stop_string(monkeypatch):
+    lines = [TOKENIZER.encode(words) for words in ("a cat. a dog", "no")]
+    often, seldom = [], []
+    for found, every in ((often, 1), (seldom, 64)):
+        parts, contexts = scripted(*[[*line, EOS, *[1] * 64] for line in lines])
+        seen = decode(parts, contexts, [generator(0)] * 2, sampling=GREEDY, max_new_tokens=64, look_every=every)
+        monkeypatch.setattr("bagel.answering.decode", lambda *_, seen=seen, **__: seen)
+        found += write_texts(parts, jobs_of(contexts), limit=64, stop=["."])
+    assert seldom == often
 
 
 def test_written_text_of_a_broken_character_and_an_unknown_id():

@@ -29,6 +29,8 @@ ORDER = (
     "answering",
     "drawing",
     "loading",
+    "compiling",
+    "results",
     "pipeline",
     "png",
     "evaluation",

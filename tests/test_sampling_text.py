@@ -16,7 +16,7 @@ from bagel.sampling import (
     TaylorSeer,
     TextSampling,
     discard_draw,
-    next_token,
+    next_tokens,
 )
 
 # TaylorSeer -----------------------------------------------------------------------------------------------------------
@@ -126,15 +126,15 @@ def seeded(seed: int = 0) -> torch.Generator:
 
 
 def draws(count: int, logits: Tensor, sampling: TextSampling, generator: torch.Generator) -> list[int]:
-    return [int(next_token(logits, sampling, generator)) for _ in range(count)]
+    return [int(next_tokens(logits[None], sampling, [generator])) for _ in range(count)]
 
 
 @pytest.mark.parametrize("sampling", [TextSampling(), TextSampling(do_sample=True, temperature=0.0)])
 def test_greedy_and_temperature_zero_take_the_likeliest_and_draw_nothing(sampling):
     generator = seeded()
     state = generator.get_state()
-    token = next_token(LOGITS, sampling, generator)
-    assert (int(token), token.dtype, token.shape) == (1, torch.int64, ())
+    token = next_tokens(LOGITS[None], sampling, [generator])
+    assert (token.tolist(), token.dtype) == ([1], torch.int64)
     discard_draw(5, sampling, generator)
     assert torch.equal(generator.get_state(), state)
 
@@ -144,6 +144,15 @@ def test_sampling_is_a_multinomial_draw_at_the_temperature():
     wanted = [int(torch.multinomial(torch.softmax(LOGITS / 0.7, -1), 1, generator=twin)) for _ in range(50)]
     assert draws(50, LOGITS, sampling, seeded(3)) == wanted
     assert len(set(wanted)) > 2
+
+
+@pytest.mark.parametrize("top_p", [1.0, 0.6])
+def test_rows_of_a_batch_are_drawn_each_by_its_own_generator(top_p):
+    sampling, logits = TextSampling(do_sample=True, temperature=0.9, top_p=top_p), torch.stack([LOGITS, LOGITS.flip(0)])
+    generators = [seeded(1), seeded(2)]
+    found = [next_tokens(logits, sampling, generators).tolist() for _ in range(30)]
+    rows = [draws(30, row, sampling, seeded(i)) for i, row in enumerate(logits, 1)]
+    assert found == [list(pair) for pair in zip(*rows, strict=True)]
 
 
 def test_samples_follow_the_softmax():
@@ -179,7 +188,7 @@ def test_a_generator_makes_draws_reproducible_and_no_other_state_is_touched(top_
 @pytest.mark.parametrize("vocab", [5, 448, 1000])
 def test_a_discarded_draw_advances_exactly_like_a_draw(vocab):
     sampling, one, other = TextSampling(do_sample=True, temperature=0.5), seeded(), seeded()
-    next_token(torch.randn(vocab, generator=seeded(1)), sampling, one)
+    next_tokens(torch.randn(1, vocab, generator=seeded(1)), sampling, [one])
     discard_draw(vocab, sampling, other)
     assert torch.equal(one.get_state(), other.get_state())
     assert not torch.equal(one.get_state(), seeded().get_state())

@@ -20,8 +20,9 @@ from bagel.evaluation.motion import Motion
 from bagel.evaluation.scene import Scene, Shape
 from bagel.evaluation.tasks import NEXT_FRAME, SHOWN_FRAMES
 from bagel.options import make_options
-from bagel.pipeline import BagelPipeline, ImageResult
+from bagel.pipeline import BagelPipeline
 from bagel.png import save_numbered_gif, save_numbered_png
+from bagel.results import ImageResult
 
 PROMPTS = (
     "a large red circle in the center on a light blue background",

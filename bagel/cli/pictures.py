@@ -16,8 +16,8 @@ from bagel.cli.arguments import given_options
 from bagel.cli.errors import UsageError
 from bagel.cli.model import check_options, load, open_images
 from bagel.options import Options
-from bagel.pipeline import ImageResult
 from bagel.png import save_numbered_png, save_png
+from bagel.results import ImageResult
 
 
 def text_to_image(args: Namespace) -> None:

@@ -20,7 +20,8 @@ from bagel.evaluation.samples import Example, sample
 from bagel.evaluation.scene import SPLITS
 from bagel.evaluation.table import Row, Trial, rate_row
 from bagel.options import make_options
-from bagel.pipeline import BagelPipeline, ImageResult
+from bagel.pipeline import BagelPipeline
+from bagel.results import ImageResult
 
 ANSWER_TOKENS = 128  # limit of an answer; the longest caption of the world has 32 words
 

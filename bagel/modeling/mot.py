@@ -102,7 +102,9 @@ class Decoder(nn.Module):
         """Run all layers but the last, and return its queries, keys and values: a context needs no more."""
         for layer in self.layers[:-1]:
             x = layer(x, rotary, attend)
-        return self.layers[-1].heads(x, rotary)
+        last = self.layers[-1]
+        assert isinstance(last, DecoderLayer)
+        return last.heads(x, rotary)
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Return float32 logits (T, vocab) of und tokens (T, H) as they leave the last layer."""

@@ -4,7 +4,7 @@ from bagel.sampling.flow import FlowStep, euler, flow_timesteps
 from bagel.sampling.guidance import Guidance, guide
 from bagel.sampling.guided import GuidedVelocity, PictureBranches
 from bagel.sampling.taylorseer import TaylorSeer
-from bagel.sampling.text import TextSampling, discard_draw, next_token
+from bagel.sampling.text import TextSampling, discard_draw, next_tokens
 
 __all__ = [
     "FlowStep",
@@ -17,5 +17,5 @@ __all__ = [
     "euler",
     "flow_timesteps",
     "guide",
-    "next_token",
+    "next_tokens",
 ]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -37,31 +38,40 @@ class TextSampling:
         return not self.do_sample or self.temperature == 0
 
 
-def next_token(logits: Tensor, sampling: TextSampling, generator: torch.Generator | None = None) -> Tensor:
-    """Return the next token id, a scalar long tensor on the device of `logits` (vocab,) float32.
+def next_tokens(logits: Tensor, sampling: TextSampling, generators: Sequence[torch.Generator] = ()) -> Tensor:
+    """Return the next token ids (B,) long from logits (B, vocab) float32, on their device; nothing is read from there.
 
-    A draw uses `torch.multinomial` on the generator's device, so a CPU generator gives the same tokens everywhere.
+    A draw is that of `torch.multinomial`: the largest quotient of probability and exponential noise. The noise is drawn
+    on each generator's device, so a CPU generator gives the same tokens everywhere.
+
+    Args:
+        logits: one row for each text.
+        sampling: how tokens are chosen.
+        generators: one a row, for draws.
     """
     if sampling.greedy:
-        return logits.argmax()
-    device = logits.device
-    if generator is not None:
-        logits = logits.to(generator.device)
+        return logits.argmax(-1)
     probabilities = torch.softmax(logits / sampling.temperature, dim=-1)
     if sampling.top_p < 1:
         probabilities = _nucleus(probabilities, sampling.top_p)
-    return torch.multinomial(probabilities, 1, generator=generator)[0].to(device)
+    noise = torch.stack([_noise(logits.shape[-1], generator) for generator in generators])
+    if logits.is_cuda and not noise.is_cuda:
+        noise = noise.pin_memory()  # from there it is copied while the GPU computes
+    return (probabilities / noise.to(logits.device, non_blocking=True)).argmax(-1)
 
 
 def discard_draw(vocab_size: int, sampling: TextSampling, generator: torch.Generator) -> None:
     """Advance the generator by one draw: the official loop draws once more than it keeps."""
     if not sampling.greedy:
-        weights = torch.ones(vocab_size, device=generator.device)
-        torch.multinomial(weights, 1, generator=generator)
+        _noise(vocab_size, generator)
+
+
+def _noise(vocab_size: int, generator: torch.Generator) -> Tensor:
+    return torch.empty(vocab_size, device=generator.device).exponential_(1, generator=generator)
 
 
 def _nucleus(probabilities: Tensor, top_p: float) -> Tensor:
-    ordered, ids = probabilities.sort(descending=True)
-    before = ordered.cumsum(0) - ordered
+    ordered, ids = probabilities.sort(dim=-1, descending=True)
+    before = ordered.cumsum(-1) - ordered
     kept = torch.where(before < top_p, ordered, torch.zeros_like(ordered))
-    return torch.zeros_like(probabilities).scatter(0, ids, kept)
+    return torch.zeros_like(probabilities).scatter(-1, ids, kept)

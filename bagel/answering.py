@@ -22,7 +22,8 @@ class Answer:
 
 
 LOOK_EVERY = 8
-"""On a device that computes by itself: tokens decoded before any of them is looked at. A text that has ended costs at most so many in vain."""
+"""Tokens decoded before any is looked at, on a device that computes by itself; what follows the end of a text is lost
+work."""
 
 
 @torch.inference_mode()
@@ -37,7 +38,7 @@ def decode(
 ) -> Iterator[list[Answer]]:
     """Decode one text from each context, which stay as they are; some tokens of every unfinished text at a time.
 
-    Generators end up as if nothing had been decoded after a text's end.
+    Generators end up as if nothing had been decoded after eos or the limit.
 
     Args:
         parts: model and tokenizer.
@@ -159,5 +160,7 @@ def write_texts(parts: Parts, jobs: Sequence[Job], *, limit: int, stop: Sequence
 def decode_jobs(parts: Parts, jobs: Sequence[Job], *, limit: int) -> Iterator[list[Answer]]:
     """Decode from the full contexts of jobs that share their text sampling."""
     contexts = [job.contexts.full for job in jobs if job.contexts is not None]
-    generators = [job.generator for job in jobs]
-    return decode(parts, contexts, generators, sampling=jobs[0].options.sampling, max_new_tokens=limit)
+    generators, options = [job.generator for job in jobs], jobs[0].options
+    # A text that its reader ends at a stop string must not draw on meanwhile.
+    look_every = 1 if options.stop_strings and not options.sampling.greedy else None
+    return decode(parts, contexts, generators, sampling=options.sampling, max_new_tokens=limit, look_every=look_every)

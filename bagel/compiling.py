@@ -17,15 +17,17 @@ def compile_parts(parts: Parts, use: Callable[[], object], *, backend: str) -> N
         backend: of `torch.compile`.
 
     Raises:
-        RuntimeError: it did not work; the parts are then as they were.
+        RuntimeError: it did not work. Whatever is raised, nothing is compiled then.
     """
     compile_experts(parts.model, backend=backend)
     if parts.vae is not None:
         parts.vae.decoder.compile(dynamic=True, backend=backend)
     try:
         use()
-    except RuntimeError as error:  # what torch raises where its compilers are missing or fail
+    except BaseException as error:
         _restore(parts)
+        if not isinstance(error, RuntimeError):  # what torch raises where its compilers are missing or fail
+            raise
         reason = str(error).strip().partition("\n")[0]
         raise RuntimeError(
             f"this pipeline cannot be compiled here and stays as it was ({reason}): compiling needs a C++ compiler for "

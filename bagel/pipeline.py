@@ -16,7 +16,7 @@ from bagel.contexts import Entry, prefill_all
 from bagel.drawing import draw
 from bagel.inputs import Input, Job, Parts, begin, check_inputs, check_texts, prepare, with_pictures
 from bagel.memory import explain_out_of_memory
-from bagel.modeling import Bagel, MissingHalfError
+from bagel.modeling import Bagel
 from bagel.options import Options, Output, make_options, one_by_one, with_options
 from bagel.results import ImageResult, TextResult
 from bagel.tokenizer import TextStream, Tokenizer
@@ -150,22 +150,19 @@ class BagelPipeline:
 
         About twice as fast as bfloat16 on GPUs that have such floats (compute capability 8.9 on), with half the
         memory for what is rounded. Other machines compute the same, slowly. The und experts unless asked for, the
-        first and the last layer, and all around them stay as they are. It cannot be exported.
+        first and the last layer, and all around them stay as they are. It cannot be exported. Round before `compile`.
 
         Args:
             und: round the und experts too: faster answers, and changed ones.
 
         Raises:
-            ValueError: done already, a GPU without 8-bit floats, a model whose sizes do not fit them.
-            MissingHalfError: loaded without the generating half, with nothing else to round.
+            ValueError: done already, a GPU without 8-bit floats, a model with nothing to round or of sizes that do not
+                fit.
+            MissingHalfError: loaded without the generating half, and `und` not given.
         """
         from bagel.modeling.float8 import round_experts
 
-        if not round_experts(self.parts.model, und=und):
-            raise MissingHalfError(
-                "this model was loaded without its generating half: there is nothing to round; give und=True to round "
-                "the understanding half"
-            )
+        round_experts(self.parts.model, und=und)
         return self
 
     def save_pretrained(

@@ -74,6 +74,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     print(_line(machine))
     if args.float8:
         pipe.use_float8(und=True)
+        print(f"floors and shares are those of {machine['dtype']}, as if nothing were rounded")
     if args.compile:
         start = time.perf_counter()
         pipe.compile()

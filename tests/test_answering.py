@@ -237,6 +237,20 @@ def test_a_written_text_keeps_no_token_from_after_its_stop_string(monkeypatch):
     assert seldom == often
 
 
+def test_a_drawn_text_draws_nothing_after_its_stop_string(monkeypatch):
+    line = TOKENIZER.encode("a cat. a dog")
+    monkeypatch.setattr(Script, "device", torch.device("meta"))  # anything but a CPU
+    monkeypatch.setattr("bagel.answering.torch.full", lambda size, value, device: torch.tensor([value] * size[0]))
+    parts, contexts = scripted([*line, EOS])
+    jobs = jobs_of(contexts, do_sample=True, temperature=0.01, stop=["."])
+    ((words, answer),) = write_texts(parts, jobs, limit=100, stop=["."])
+    twin = generator(0)
+    for _ in answer.ids:
+        torch.multinomial(torch.ones(448), 1, generator=twin)
+    assert words == "a cat"
+    assert torch.equal(jobs[0].generator.get_state(), twin.get_state())
+
+
 def test_written_text_of_a_broken_character_and_an_unknown_id():
     first_byte = TOKENIZER.encode("中")[0]
     assert TOKENIZER.decode([first_byte]) == "\ufffd"

@@ -9,7 +9,7 @@ from torch._dynamo.utils import counters
 
 from bagel import BagelPipeline
 from bagel.demo import CHECKPOINT
-from bagel.modeling.layers import compile_experts
+from bagel.modeling.layers import Expert, compile_experts
 
 # torch's own compiler still uses parts of torch that it calls deprecated.
 pytestmark = pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")
@@ -65,6 +65,19 @@ def test_other_lengths_sizes_and_batches_compile_nothing_more(pipe):
     pipe.edit(image, "make it yellow", num_timesteps=3, progress=False)
     pipe.understand([image, image], ["what is this?", "how many shapes are there?"], seed=[1, 2], max_new_tokens=4)
     assert counters["stats"]["unique_graphs"] == before
+
+
+def test_an_interrupted_compilation_leaves_the_pipeline_as_it_was(pipe, monkeypatch):
+    def interrupt(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(BagelPipeline, "text_to_image", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        pipe.compile(backend="eager")
+    experts = [module for module in pipe.parts.model.modules() if isinstance(module, Expert)]
+    assert len(experts) == 2 * len(pipe.parts.model.decoder.layers)
+    assert not any("heads" in vars(expert) for expert in experts)
+    assert pipe.parts.vae.decoder._compiled_call_impl is None
 
 
 def test_where_nothing_can_be_compiled_the_pipeline_stays_as_it_was(pipe, monkeypatch):

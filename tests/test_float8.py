@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import pytest
 import torch
+from small_model import DENSE, small_config
 from torch import nn
 
 from bagel import BagelPipeline
 from bagel.cli import main
 from bagel.demo import CHECKPOINT
-from bagel.modeling import MissingHalfError
+from bagel.modeling import Bagel, MissingHalfError
 from bagel.modeling.float8 import Float8Linear, round_experts, round_linears
 
 PROMPT = "a large red star in the center on a white background"
@@ -72,6 +73,10 @@ def test_what_cannot_be_rounded_is_refused(pipe, tmp_path):
         pipe.save_pretrained(tmp_path / "out")
     with pytest.raises(ValueError, match=r"multiples of 16, got 16 x 24 \(0\)"):
         round_linears(nn.Sequential(nn.Linear(16, 24)))
+    with pytest.raises(ValueError, match="one or two layers"):
+        round_experts(Bagel(small_config(num_hidden_layers=2)))
+    with pytest.raises(ValueError, match="one expert for both halves"):
+        round_experts(Bagel(small_config(DENSE)))
     without = BagelPipeline.from_pretrained(CHECKPOINT, device="cpu", visual_gen=False)
     with pytest.raises(MissingHalfError, match="give und=True"):
         without.use_float8()

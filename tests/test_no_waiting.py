@@ -1,4 +1,4 @@
-"""Nothing in the loops waits for the device: on the meta device, which holds no values, reading one is an error."""
+"""Nothing in the loops reads from the device: on the meta device, which holds no values, that is an error."""
 
 from __future__ import annotations
 

@@ -155,6 +155,11 @@ def test_rows_of_a_batch_are_drawn_each_by_its_own_generator(top_p):
     assert found == [list(pair) for pair in zip(*rows, strict=True)]
 
 
+def test_as_many_generators_as_texts_are_needed():
+    with pytest.raises(ValueError, match="2 texts need as many generators, got 1"):
+        next_tokens(torch.stack([LOGITS, LOGITS]), TextSampling(do_sample=True), [seeded()])
+
+
 def test_samples_follow_the_softmax():
     counts = torch.tensor(draws(4000, LOGITS, TextSampling(do_sample=True, temperature=1.5), seeded())).bincount(
         minlength=5

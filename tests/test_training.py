@@ -116,6 +116,11 @@ def test_muon_steps_along_orthogonal_matrices_as_far_as_adamw(tmp_path):
     assert embedding.abs().max() == pytest.approx(1e-3, rel=1e-2)  # AdamW's first step
 
 
+def test_muon_without_matrices_of_layers_is_an_error(tmp_path):
+    with pytest.raises(ValueError, match="none are trained here; use 'adamw'"):
+        toy_trainer(tmp_path, optimizer="muon", freeze=("und", "gen", "vit"))
+
+
 def test_freezing_everything_is_an_error(tmp_path):
     with pytest.raises(ValueError, match="leaves nothing to train"):
         toy_trainer(tmp_path, freeze=("und", "gen", "vit", "connector"))

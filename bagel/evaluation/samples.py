@@ -148,9 +148,10 @@ def sample(
 
 
 def reworded(rng: random.Random, example: Example) -> Example:
-    """Say what an example shows in other words, as `sample` would: captions to draw from, and plans.
+    """Say what an example shows in other words: captions to draw from, and plans.
 
-    The other tasks are returned as they are. The pictures are not looked at and may be anything.
+    A relation is named where two shapes differ. The other tasks are returned as they are. The pictures are not looked
+    at and may be anything.
     """
     scene, wordings = example.scenes[0], WORDINGS.get(len(example.scenes[0].objects), ())
     if example.task.startswith("t2i"):

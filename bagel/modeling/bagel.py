@@ -184,7 +184,10 @@ class Bagel(nn.Module):
         for row, context in enumerate(contexts):
             context.cache.reserve(tokens=context.length + 1)
             sequences.append(Sequence(slice(row, row + 1), slice(0, 0), context=context))
-        positions = torch.tensor([context.position for context in contexts], device=self.device)
+        positions = torch.tensor([context.position for context in contexts])
+        if self.device.type == "cuda":  # from page-locked memory, so that the copy does not wait for the GPU
+            positions = positions.pin_memory()
+        positions = positions.to(self.device, non_blocking=True)
         empty = self.decoder.rotary(positions[:0])
         x = self.decoder.embed(ids)
         plan = AttentionPlan(sequences, backend=attention)

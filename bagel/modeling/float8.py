@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import ScalingType, scaled_mm
 
-from bagel.modeling.bagel import Bagel
+from bagel.modeling.bagel import Bagel, MissingHalfError
 from bagel.modeling.mot import DecoderLayer
 
 FORMAT = torch.float8_e4m3fn
@@ -90,11 +90,20 @@ def round_experts(model: Bagel, *, und: bool = False) -> int:
         und: round the und experts too, by which text is decoded.
 
     Raises:
-        ValueError: it is rounded already, or see `round_linears`.
+        ValueError: it is rounded already, has no layers or no gen experts to round, or see `round_linears`.
+        MissingHalfError: it was loaded without its generating half, and `und` is not given.
     """
     if is_rounded(model):
         raise ValueError("this model is rounded to 8-bit floats already; load it again to round other parts")
     inner = [layer for layer in model.decoder.layers if isinstance(layer, DecoderLayer)][1:-1]
+    if not inner:
+        raise ValueError("a model of one or two layers has none to round: the first and the last stay as they are")
+    if not und and not model.decoder.config.has_gen_expert:
+        raise ValueError("this model has one expert for both halves, the und expert: give und=True to round it")
+    if not und and not model.config.visual_gen:
+        raise MissingHalfError(
+            "this model was loaded without its generating half: give und=True to round the understanding half"
+        )
     experts = [layer.gen for layer in inner] + [layer.und for layer in inner if und]
     return sum(round_linears(expert) for expert in experts if expert is not None)
 

@@ -38,7 +38,7 @@ class TextSampling:
         return not self.do_sample or self.temperature == 0
 
 
-def next_tokens(logits: Tensor, sampling: TextSampling, generators: Sequence[torch.Generator] = ()) -> Tensor:
+def next_tokens(logits: Tensor, sampling: TextSampling, generators: Sequence[torch.Generator]) -> Tensor:
     """Return the next token ids (B,) long from logits (B, vocab) float32, on their device; nothing is read from there.
 
     A draw is that of `torch.multinomial`: the largest quotient of probability and exponential noise. The noise is drawn
@@ -47,8 +47,13 @@ def next_tokens(logits: Tensor, sampling: TextSampling, generators: Sequence[tor
     Args:
         logits: one row for each text.
         sampling: how tokens are chosen.
-        generators: one a row, for draws.
+        generators: one a row.
+
+    Raises:
+        ValueError: not as many generators as rows.
     """
+    if len(generators) != logits.shape[0]:
+        raise ValueError(f"{logits.shape[0]} texts need as many generators, got {len(generators)}")
     if sampling.greedy:
         return logits.argmax(-1)
     probabilities = torch.softmax(logits / sampling.temperature, dim=-1)

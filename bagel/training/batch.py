@@ -52,14 +52,16 @@ class Batch:
     Args:
         packed: latents clean, and in the place of the velocities; see `on_device`.
         layout: see `Layout`.
-        pixels: pictures to encode (n, 3, H, W), a tensor for each size, and
-        pixel_rows: (n,) long, the rows of the gen stream where their latent tokens begin.
+        pixels: pictures to encode (n, 3, H, W), a tensor for each size;
+        pixel_rows: (m,) long, the rows of the gen stream where their latent tokens begin, and
+        pixel_of: (m,) long, whose they are: a picture that several segments show is encoded once.
     """
 
     packed: Packed
     layout: Layout
     pixels: tuple[Tensor, ...] = ()
     pixel_rows: tuple[Tensor, ...] = ()
+    pixel_of: tuple[Tensor, ...] = ()
 
     @property
     def tokens(self) -> int:
@@ -154,7 +156,7 @@ class _Pieces:
     sample: int = 0
     split: int = 0
     num_gen: int = 0
-    pixels: dict[tuple, list[tuple[Tensor, int]]] = field(default_factory=dict)  # by shape and type
+    pixels: dict[tuple, dict[int, tuple[Tensor, list[int]]]] = field(default_factory=dict)  # by shape and type, by id
 
     def add(self, segment: Segment, position: int) -> int:
         """Note a segment and return the rotary position that follows it."""
@@ -191,8 +193,9 @@ class _Pieces:
 
     def _latents(self, image: LatentImage, position: int, *, noise: int) -> None:
         if isinstance(image, PixelImage):
-            key = image.pixels.shape, image.pixels.dtype
-            self.pixels.setdefault(key, []).append((image.pixels, self.num_gen))
+            alike = self.pixels.setdefault((image.pixels.shape, image.pixels.dtype), {})
+            _, rows = alike.setdefault(id(image.pixels), (image.pixels, []))
+            rows.append(self.num_gen)
         self.latents.append(image)
         count = image.latents.shape[0]
         self.num_gen += count
@@ -240,9 +243,14 @@ def collate(samples: Sequence[Sequence[Segment]], *, image_tokens: tuple[int, in
         rows=torch.where(und, und.cumsum(0) - 1, num_und + (~und).cumsum(0) - 1),
     )
     packed = _packed(pieces, kinds[und], position[und], position[~und], tuple(next_positions))
-    groups = pieces.pixels.values()
-    images = tuple(torch.stack([pixels for pixels, _ in group]) for group in groups)
-    return Batch(packed, layout, images, tuple(torch.tensor([row for _, row in group]) for group in groups))
+    groups = [list(alike.values()) for alike in pieces.pixels.values()]
+    return Batch(
+        packed,
+        layout,
+        pixels=tuple(torch.stack([pixels for pixels, _ in group]) for group in groups),
+        pixel_rows=tuple(torch.tensor([row for _, rows in group for row in rows]) for group in groups),
+        pixel_of=tuple(torch.tensor([i for i, (_, rows) in enumerate(group) for _ in rows]) for group in groups),
+    )
 
 
 def _packed(
@@ -327,12 +335,12 @@ def on_device(batch: Batch, *, vae: Autoencoder | None, patch: int, generator: t
 @torch.no_grad()
 def _encoded(batch: Batch, vae: Autoencoder, patch: int, generator: torch.Generator) -> Tensor:
     latents = batch.packed.latents.float()
-    for pixels, starts in zip(batch.pixels, batch.pixel_rows, strict=True):
+    for pixels, starts, whose in zip(batch.pixels, batch.pixel_rows, batch.pixel_of, strict=True):
         (count, _, height, width), down = pixels.shape, vae.config.downsample
         shape = (count, vae.config.z_channels, height // down, width // down)
         noise = torch.randn(shape, generator=generator, device=pixels.device)
         z = vae.encode(_unit(pixels), noise).float()
         tokens = rearrange(z, "b c (h p) (w q) -> b (h w) (p q c)", p=patch, q=patch)
         rows = starts[:, None] + torch.arange(tokens.shape[1], device=starts.device)
-        latents = latents.index_copy(0, rows.flatten(), tokens.flatten(0, 1))
+        latents = latents.index_copy(0, rows.flatten(), tokens[whose].flatten(0, 1))
     return latents

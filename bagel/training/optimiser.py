@@ -22,7 +22,7 @@ class Optimiser:
         config: rates, clipping, decay of the average.
 
     Raises:
-        ValueError: "muon" with sharded parameters.
+        ValueError: "muon" with sharded parameters, or without matrices of layers.
     """
 
     def __init__(self, parameters: Mapping[str, Tensor], config: TrainConfig) -> None:
@@ -48,6 +48,8 @@ class Optimiser:
         if any(map(is_sharded, self.parameters.values())):
             raise ValueError("optimizer='muon' needs whole matrices and cannot train sharded ones; use 'adamw'")
         matrices = {name: p for name, p in self.parameters.items() if ".layers." in name and p.ndim == 2}
+        if not matrices:
+            raise ValueError("optimizer='muon' moves the matrices of layers, and none are trained here; use 'adamw'")
         return matrices, {name: p for name, p in self.parameters.items() if name not in matrices}
 
     def step(self, number: int) -> Tensor:

@@ -267,7 +267,7 @@ class Trainer:
         self.optimiser.restore(saved.moments, saved.ema, steps=self.done)
 
     def _check_same(self, folder: Path, old: dict[str, Any]) -> None:
-        new = self._identity()
+        new, old = self._identity(), {"optimizer": "adamw"} | old
         was = {name: old[name] for name in new}
         if was != new:
             raise CheckpointError(

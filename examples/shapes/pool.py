@@ -1,6 +1,6 @@
 """Pictures encoded ahead, for training without a GPU: the autoencoder then runs once for each, not once a step.
 
-Words are drawn afresh whenever a picture is used, and questions about pictures need no autoencoder.
+Captions and plans are worded afresh whenever a picture is used, and questions about pictures need no autoencoder.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ import dataclasses
 import random
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -63,6 +64,11 @@ class Pooled:
 def write_pool(folder: Path, maker: ItemMaker, vae: Autoencoder, *, blocks: int, side: int) -> None:
     """Write so many files of encoded examples; those that are there already are kept."""
     folder.mkdir(parents=True, exist_ok=True)
+    name = sha256(b"".join(p.float().numpy().tobytes() for p in vae.parameters())).hexdigest()
+    made_by = folder / "autoencoder.txt"
+    if made_by.exists() and made_by.read_text() != name:
+        raise SystemExit(f"{folder} holds a pool of another autoencoder; choose another folder, or remove it")
+    made_by.write_text(name)
     vae = vae.to(torch.bfloat16, memory_format=torch.channels_last)
     for block in range(blocks):
         file = folder / f"{block:04d}.pt"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 from PIL import Image
@@ -147,15 +148,17 @@ def sample(
     return _MAKE[task](rng, task, split, side, detail)
 
 
-def reworded(rng: random.Random, example: Example) -> Example:
+def reworded(rng: random.Random, example: Example, weights: Mapping[str, float] | None = None) -> Example:
     """Say what an example shows in other words: captions to draw from, and plans.
 
     A relation is named where two shapes differ. The other tasks are returned as they are. The pictures are not looked
-    at and may be anything.
+    at and may be anything. `weights`: how likely each wording of a caption is, relative to the others; all alike by
+    default.
     """
     scene, wordings = example.scenes[0], WORDINGS.get(len(example.scenes[0].objects), ())
     if example.task.startswith("t2i"):
-        wording = rng.choice([name for name in wordings if name != "relation" or _can_be_related(scene)])
+        fitting = [name for name in wordings if name != "relation" or _can_be_related(scene)]
+        (wording,) = rng.choices(fitting, [1.0 if weights is None else weights[name] for name in fitting])
         words = caption(rng, scene, wording=wording)
         return replace(example, inputs=(words.text,), stated=words.stated, detail=wording)
     if example.task == "think":

@@ -13,15 +13,23 @@ from PIL import Image
 
 from bagel.evaluation.questions import ask
 from bagel.evaluation.render import render
-from bagel.evaluation.samples import Example, sample
+from bagel.evaluation.samples import Example, reworded, sample
 from bagel.evaluation.scene import Scene, random_scene
 from bagel.evaluation.tasks import NEXT_FRAME, SHOWN_FRAMES
 from bagel.options import THINK_GENERATE
 from bagel.training import ItemMaker
 from bagel.training.samples import Item
 
-WEIGHTS = {"t2i1": 8, "t2i2": 16, "t2i3": 16, "caption": 12, "qa": 16, "edit": 18, "think": 5, "frames": 7}
-"""How often each task is drawn."""
+WEIGHTS = (
+    {"t2i1": 8, "t2i2": 16, "t2i3": 16, "caption": 12, "qa": 16, "edit": 18, "think": 5, "frames": 7},
+    {"t2i1": 4, "t2i2": 10, "t2i3": 10, "caption": 18, "qa": 32, "edit": 26, "think": 6, "frames": 14},
+    {"t2i1": 2, "t2i2": 16, "t2i3": 14, "caption": 6, "qa": 14, "edit": 34, "think": 5, "frames": 18},
+)
+"""How often each task is drawn, stage by stage: first mostly drawing, then mostly seeing, then what takes longest."""
+WORDINGS = {"full": 2, "brief": 2, "relation": 6, "count": 4}
+"""How often a caption is worded so: those that leave open what stands where take longer to learn."""
+TOPICS = {"yes_no": 6, "kind": 4, "place": 3, "count": 3, "color": 2, "size": 2, "background": 1}
+"""How often each topic is asked about."""
 TARGETS = 4
 """Noisy copies of a picture to learn from, at times of their own: what they follow is read once for all of them."""
 QUESTIONS = 3
@@ -43,7 +51,8 @@ class Shapes:
         return self.items(sample(rng, "video" if self.task == "frames" else self.task, side=self.side), rng)
 
     def items(self, example: Example, rng: random.Random) -> Sequence[Item]:
-        """Return the items of an example."""
+        """Return the items of an example, in words drawn afresh."""
+        example = reworded(rng, example, WORDINGS)
         if self.task.startswith("t2i"):
             return self.text_to_image(example)
         return {"caption": self.caption, "edit": self.edit, "think": self.think, "frames": self.frames}[self.task](
@@ -63,7 +72,8 @@ class Shapes:
     def chat(self, scene: Scene, rng: random.Random) -> list[Item]:
         """Picture, then questions, each followed by its answer to learn."""
         items: list[Item] = [self.maker.vit(render(scene, side=self.side))]
-        asked = [ask(rng, scene) for _ in range(2 * QUESTIONS)]
+        topics = rng.choices(list(TOPICS), list(TOPICS.values()), k=2 * QUESTIONS)
+        asked = [ask(rng, scene, about=topic) for topic in topics]
         for question in [question for question in asked if question is not None][:QUESTIONS]:
             items += [self.maker.text(question.text), self.maker.text(question.answer, loss=True)]
         return items

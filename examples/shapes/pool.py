@@ -17,7 +17,7 @@ import torch
 from data import Shapes
 from PIL import Image
 
-from bagel.evaluation.samples import Example, reworded, sample
+from bagel.evaluation.samples import Example, sample
 from bagel.image import patchify
 from bagel.training import ItemMaker, LatentItem, ViTItem
 from bagel.training.samples import Item
@@ -58,7 +58,7 @@ class Pooled:
 
     def __call__(self, rng: random.Random) -> Sequence[Item]:
         """Return the items of one example, in words of its own."""
-        return self.shapes.items(reworded(rng, rng.choice(self.examples)), rng)
+        return self.shapes.items(rng.choice(self.examples), rng)
 
 
 def write_pool(folder: Path, maker: ItemMaker, vae: Autoencoder, *, blocks: int, side: int) -> None:

@@ -3,8 +3,10 @@
     python examples/shapes/model.py runs/start                                 sizes, tokenizer, fresh weights
     python examples/shapes/train.py vae   --start runs/start --out runs/vae
     python examples/shapes/train.py pool  --start runs/start --vae runs/vae --out runs/pool       without a GPU only
-    python examples/shapes/train.py model --start runs/start --vae runs/vae --out runs/model
-    python examples/shapes/train.py export --run runs/model --to bagel/demo/checkpoint
+    python examples/shapes/train.py model --start runs/start --vae runs/vae --out runs/first
+    python examples/shapes/train.py model --stage 2 --start runs/first --vae runs/vae --out runs/second
+    python examples/shapes/train.py model --stage 3 --start runs/second --vae runs/vae --out runs/third
+    python examples/shapes/train.py export --run runs/third --to bagel/demo/checkpoint
 
 With torchrun the model trains on several GPUs: torchrun --nproc-per-node 2 examples/shapes/train.py model ...
 """
@@ -38,12 +40,12 @@ from bagel.vae import Autoencoder
 VAE = TrainConfig(
     steps=9000, lr=1e-3, warmup=300, schedule="cosine", min_lr=0.02, ema_decay=0.999, clip_norm=1.0, log_every=100
 )
-MODEL = TrainConfig(
-    steps=8000,
+FIRST = TrainConfig(
+    steps=3000,
     lr=2.5e-3,
     warmup=100,
     schedule="cosine",
-    min_lr=0.01,
+    min_lr=0.7,
     optimizer="muon",
     betas=(0.9, 0.98),
     weight_decay=0.01,
@@ -51,6 +53,11 @@ MODEL = TrainConfig(
     log_every=50,
     precision="bfloat16",
     compile=True,
+)
+STAGES = (
+    FIRST,
+    dataclasses.replace(FIRST, steps=1500, lr=2e-3, warmup=50),
+    dataclasses.replace(FIRST, steps=3000, lr=1.6e-3, warmup=50, min_lr=0.01),
 )
 
 
@@ -96,8 +103,8 @@ def trained_vae(folder: Path) -> Autoencoder:
 
 
 def with_vae(args: argparse.Namespace) -> tuple[Bagel, Autoencoder, Tokenizer]:
-    """Return the fresh model and its tokenizer with the autoencoder that was trained for them."""
-    model, _, tokenizer = load_parts(args.start, device="cpu", dtype=torch.float32)
+    """Return a model, fresh or from a run, and its tokenizer with the autoencoder that was trained for them."""
+    model, _, tokenizer = load_parts(newest(args.start) or args.start, device="cpu", dtype=torch.float32)
     vae = trained_vae(args.vae)
     model.config = dataclasses.replace(model.config, vae_config=vae.config)
     return model, vae, tokenizer
@@ -110,9 +117,10 @@ def make_pool(args: argparse.Namespace) -> None:
 
 
 def train_model(args: argparse.Namespace) -> None:
-    """Train the model on all tasks, from the fresh weights or from where the run in --out stopped."""
+    """Train the model on all tasks, from the weights in --start or from where the run in --out stopped."""
     model, vae, tokenizer = with_vae(args)
-    makers = {task: Shapes(task, ItemMaker(model.config, tokenizer), SIDE) for task in WEIGHTS}
+    weights = WEIGHTS[args.stage - 1]
+    makers = {task: Shapes(task, ItemMaker(model.config, tokenizer), SIDE) for task in weights}
     if args.pool:
         encoded = EncodedMaker(model.config, tokenizer)
         pool = read_pool(args.pool)
@@ -122,10 +130,11 @@ def train_model(args: argparse.Namespace) -> None:
         rules=Rules.of(model.config, tokenizer, dropout=Dropout(text=0.1, vae=0.1, vit=0.3)),
         image_tokens=(tokenizer.image_start_id, tokenizer.image_end_id),
         token_budget=args.tokens,
-        weights=WEIGHTS,
+        weights=weights,
+        seed=2 * (args.stage - 1),
         streams=1 if args.pool else 48,
     )
-    train = dataclasses.replace(MODEL, workers=args.workers, save_every=args.save_every, **args.set)
+    train = dataclasses.replace(STAGES[args.stage - 1], workers=args.workers, save_every=args.save_every, **args.set)
     trainer = Trainer(model, data, train, tokenizer=tokenizer, out=args.out, vae=vae, device=args.device)
     trainer.fit(time_limit=args.time_limit)
 
@@ -153,6 +162,7 @@ def main() -> None:
         command.add_argument("--set", type=json.loads, default={}, help='other settings as JSON, e.g. {"steps": 100}')
         if name == "model":
             command.add_argument("--vae", type=Path, required=True)
+            command.add_argument("--stage", type=int, choices=(1, 2, 3), default=1, help="the mixture of tasks")
             command.add_argument("--tokens", type=int, default=12000, help="tokens of a step")
             command.add_argument("--pool", type=Path, help="draw from pictures encoded ahead")
             command.add_argument("--time-limit", type=float, help="save and stop after so many seconds")

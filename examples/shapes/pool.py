@@ -5,6 +5,7 @@ Captions and plans are worded afresh whenever a picture is used, and questions a
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import random
 from collections.abc import Mapping, Sequence
@@ -64,12 +65,12 @@ class Pooled:
 def write_pool(folder: Path, maker: ItemMaker, vae: Autoencoder, *, blocks: int, side: int) -> None:
     """Write so many files of encoded examples; those that are there already are kept."""
     folder.mkdir(parents=True, exist_ok=True)
-    name = sha256(b"".join(p.float().numpy().tobytes() for p in vae.parameters())).hexdigest()
+    name = sha256(b"".join(p.detach().float().numpy().tobytes() for p in vae.parameters())).hexdigest()
     made_by = folder / "autoencoder.txt"
     if made_by.exists() and made_by.read_text() != name:
         raise SystemExit(f"{folder} holds a pool of another autoencoder; choose another folder, or remove it")
     made_by.write_text(name)
-    vae = vae.to(torch.bfloat16, memory_format=torch.channels_last)
+    vae = copy.deepcopy(vae).to(torch.bfloat16, memory_format=torch.channels_last)
     for block in range(blocks):
         file = folder / f"{block:04d}.pt"
         if not file.exists():

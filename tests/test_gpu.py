@@ -1,6 +1,9 @@
-"""What only a CUDA GPU can show: bfloat16 no worse than the official code's own, and equal attention backends."""
+"""What only a CUDA GPU can show: bfloat16 no worse than the official code's own, equal backends, loops without waits."""
 
 from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 
 import pytest
 import torch
@@ -12,6 +15,7 @@ from bagel.attention import attention
 from bagel.contexts import Entry
 from bagel.drawing import plan_flow
 from bagel.options import make_options
+from bagel.sampling import TextSampling, euler, next_tokens
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")]
 
@@ -77,3 +81,42 @@ def test_backends_agree_with_the_exact_reference(backend, causal, dtype):
 def test_float16_stays_finite_and_near_float32_on_the_gpu():
     pipe = BagelPipeline.from_pretrained(REFERENCE / "tiny" / "checkpoint", device="cuda", dtype=torch.float16)
     assert velocity_error(pipe, "tiny", "t2i_global") < LISTED["t2i_global"]
+
+
+@contextmanager
+def no_waiting() -> Iterator[None]:
+    """Make it an error to wait for the GPU."""
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        yield
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize("given", [{}, {"taylorseer": True}, {"cfg_renorm_type": "channel"}])
+def test_drawing_never_waits_for_the_gpu(bf16_pipeline, given):
+    options = make_options("text_to_image", "image", {"height": 64, "width": 64, "num_timesteps": 12, **given})
+    (job,) = bf16_pipeline._prepared([["a red circle"]], [options], "image")
+    tokens = bf16_pipeline.parts.latent_cells(64, 64).shape[0]
+    noise = torch.randn(tokens, bf16_pipeline.parts.model.config.patch_latent_dim, device="cuda")
+    for wait in (nullcontext, no_waiting):  # the first time what is made once may wait
+        velocity, timesteps = plan_flow(bf16_pipeline.parts, [job])
+        with wait():
+            euler(velocity, [noise], timesteps)
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize("sampling", [TextSampling(), TextSampling(do_sample=True, temperature=0.7, top_p=0.9)])
+def test_decoding_waits_for_the_gpu_only_to_look(bf16_pipeline, sampling):
+    parts, options = bf16_pipeline.parts, make_options("understand", "text", {})
+    jobs = bf16_pipeline._prepared([["a red circle"], ["and a longer text"]], [options] * 2, "text")
+    forks = [job.contexts.full.fork() for job in jobs]
+    for fork in forks:
+        fork.cache.reserve(tokens=fork.length + 16)
+    ids = torch.full((2,), parts.tokenizer.bos_id, device="cuda")
+    for wait in (nullcontext, no_waiting):
+        with wait():
+            for _ in range(6):
+                logits = parts.model.decode(ids, forks)
+                ids = next_tokens(logits, sampling, [job.generator for job in jobs])

@@ -1,4 +1,4 @@
-"""What only a CUDA GPU can show: bfloat16 no worse than the official code's own, equal backends, loops without waits."""
+"""What only a CUDA GPU shows: bfloat16 no worse than the official code's own, equal backends, loops without waits."""
 
 from __future__ import annotations
 

@@ -27,10 +27,10 @@ from bagel.results import ImageResult
 PROMPTS = (
     "a large red circle in the center on a light blue background",
     "a medium green diamond at the bottom right on a white background",
-    "two blue stars and a green diamond on a beige background",
+    "a small blue star at the left and a large orange square at the top right on a beige background",
 )
-QUESTIONS = ("how big is the circle?", "what color is the diamond?", "how many stars are there?")
-EDITS = ("add a small yellow star at the top right", "make the background black")
+QUESTIONS = ("how big is the circle?", "what color is the diamond?", "what color is the star?")
+EDITS = ("add a small yellow star at the top right", "make the background white")
 RIDDLE = "as many pink stars as a tricycle has wheels"
 MOTION = Motion(
     scene=Scene((Shape("star", "purple", "medium", "center"),), "light green"),
@@ -54,7 +54,7 @@ def demo(args: Namespace) -> None:
 
 
 def _show(folder: Path) -> None:
-    with _timed("loaded the built-in model, a small BAGEL in an early stage of training on coloured shapes"):
+    with _timed("loaded the built-in model, a small BAGEL trained on coloured shapes"):
         pipe = BagelPipeline.from_pretrained(CHECKPOINT, device="cpu")
     drawn = _draw(pipe, folder)
     changed = [*_edit(pipe, folder, drawn[0].picture), _think(pipe, folder)]

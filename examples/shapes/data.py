@@ -24,8 +24,11 @@ WEIGHTS = (
     {"t2i1": 8, "t2i2": 16, "t2i3": 16, "caption": 12, "qa": 16, "edit": 18, "think": 5, "frames": 7},
     {"t2i1": 4, "t2i2": 10, "t2i3": 10, "caption": 18, "qa": 32, "edit": 26, "think": 6, "frames": 14},
     {"t2i1": 2, "t2i2": 16, "t2i3": 14, "caption": 6, "qa": 14, "edit": 34, "think": 5, "frames": 18},
+    {"t2i1": 2, "t2i2": 16, "t2i3": 14, "caption": 4, "qa": 14, "edit": 40, "think": 4, "frames": 24},
 )
 """How often each task is drawn, stage by stage: first mostly drawing, then mostly seeing, then what takes longest."""
+TEXT_DROPPED = (0.1, 0.1, 0.1, 0.3)
+"""How often texts are left out, stage by stage: guidance amplifies what is learned from pictures alone."""
 WORDINGS = {"full": 2, "brief": 2, "relation": 6, "count": 4}
 """How often a caption is worded so: those that leave open what stands where take longer to learn."""
 TOPICS = {"yes_no": 6, "kind": 4, "place": 3, "count": 3, "color": 2, "size": 2, "background": 1}

@@ -28,7 +28,7 @@ def compile_parts(parts: Parts, use: Callable[[], object], *, backend: str) -> N
         _restore(parts)
         if not isinstance(error, RuntimeError):  # what torch raises where its compilers are missing or fail
             raise
-        reason = str(error).strip().partition("\n")[0]
+        reason = " ".join(str(error).strip().splitlines()[:2])  # "backend ... raised:", and what
         raise RuntimeError(
             f"this pipeline cannot be compiled here and stays as it was ({reason}): compiling needs a C++ compiler for "
             "a CPU, Triton for a GPU"

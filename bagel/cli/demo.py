@@ -31,7 +31,7 @@ PROMPTS = (
 )
 QUESTIONS = ("how big is the circle?", "what color is the diamond?", "what color is the star?")
 EDITS = ("add a small yellow star at the top right", "make the background white")
-RIDDLE = "as many pink stars as a tricycle has wheels"
+RIDDLE = "a large circle of the color of grass in the center on a background of the color of snow"
 MOTION = Motion(
     scene=Scene((Shape("star", "purple", "medium", "center"),), "light green"),
     direction="up and right",

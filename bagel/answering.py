@@ -64,35 +64,35 @@ def decode(
         count = min(at_a_time, left)
         left -= count
         own = [generators[i] for i in active]
-        rounds, states = [], []
-        logits = torch.empty(0)
+        rows, states, vocab_size = [], [], 0
         for _ in range(count):
             logits = model.decode(ids, [forks[i] for i in active], attention=parts.attention)
-            ids = next_tokens(logits, sampling, own)
-            rounds.append(ids)
-            states.append([] if sampling.greedy else [generator.get_state() for generator in own])
-        for tokens, after in zip(torch.stack(rounds).tolist(), states, strict=True):
-            for place, (i, token) in enumerate(zip(active, tokens, strict=True)):
-                if answers[i].finish_reason:
-                    continue
-                _take(answers[i], token, eos=eos, limit=max_new_tokens)
-                if answers[i].finish_reason and not sampling.greedy:
-                    generators[i].set_state(after[place])
-                    if answers[i].finish_reason == "length":
-                        discard_draw(logits.shape[-1], sampling, generators[i])
+            ids, vocab_size = next_tokens(logits, sampling, own), logits.shape[-1]
+            rows.append(ids)
+            states.append([generator.get_state() for generator in own] if not sampling.greedy else [])
+        columns = zip(*torch.stack(rows).tolist(), strict=True)  # here the device is waited for
+        for place, (i, tokens) in enumerate(zip(active, columns, strict=True)):
+            taken = _take(answers[i], tokens, eos=eos, limit=max_new_tokens)
+            if answers[i].finish_reason and not sampling.greedy:
+                generators[i].set_state(states[taken - 1][place])
+            if answers[i].finish_reason == "length":
+                discard_draw(vocab_size, sampling, generators[i])
         yield answers
         places = [place for place, i in enumerate(active) if not answers[i].finish_reason]
         if len(places) < len(active):
             ids, active = ids[places], [active[place] for place in places]
 
 
-def _take(answer: Answer, token: int, *, eos: int, limit: int) -> None:
-    if token == eos:
-        answer.finish_reason = "stop"
-        return
-    answer.ids.append(token)
-    if len(answer.ids) == limit:
-        answer.finish_reason = "length"
+def _take(answer: Answer, tokens: Sequence[int], *, eos: int, limit: int) -> int:
+    """Append tokens up to the answer's end, and return how many were looked at."""
+    for count, token in enumerate(tokens, 1):
+        if token == eos:
+            answer.finish_reason = "stop"
+            return count
+        answer.ids.append(token)
+        if len(answer.ids) == limit:
+            answer.finish_reason = "length"
+    return len(tokens)
 
 
 class TextWriter:

@@ -124,8 +124,8 @@ class BagelPipeline:
     def compile(self, *, backend: str = "inductor") -> BagelPipeline:
         """Compile the experts and the autoencoder's decoder in place, and return this pipeline.
 
-        Results stay the same up to rounding. It takes from seconds to two minutes here, much less the next time, as
-        torch keeps what it compiled; afterwards prompts and pictures of any size run without compiling again.
+        Results stay the same up to rounding. The time it takes is spent here, and less of it the next time, as torch
+        keeps what it compiled; afterwards prompts and pictures of any size run without compiling again.
 
         Args:
             backend: of `torch.compile`.
@@ -148,9 +148,9 @@ class BagelPipeline:
     def use_float8(self, *, und: bool = False) -> BagelPipeline:
         """Round the gen experts to 8-bit floats in place, and return this pipeline: an approximation.
 
-        About twice as fast as bfloat16 on GPUs that have such floats (compute capability 8.9 on), with half the
-        memory for what is rounded. Other machines compute the same, slowly. The und experts unless asked for, the
-        first and the last layer, and all around them stay as they are. It cannot be exported. Round before `compile`.
+        For GPUs that multiply such floats faster (compute capability 8.9 on); what is rounded takes half the memory of
+        bfloat16. A CPU computes the same, slowly. The und experts unless asked for, the first and the last layer, and
+        all around them stay as they are. The result cannot be exported. Round before `compile`.
 
         Args:
             und: round the und experts too: faster answers, and changed ones.

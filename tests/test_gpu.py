@@ -11,6 +11,7 @@ from conftest import REFERENCE, assert_close, golden_json
 from test_parity_pipeline import load_case
 
 from bagel import BagelPipeline
+from bagel.answering import decode
 from bagel.attention import attention
 from bagel.contexts import Entry
 from bagel.drawing import plan_flow
@@ -100,10 +101,13 @@ def test_drawing_never_waits_for_the_gpu(bf16_pipeline, given):
     (job,) = bf16_pipeline._prepared([["a red circle"]], [options], "image")
     tokens = bf16_pipeline.parts.latent_cells(64, 64).shape[0]
     noise = torch.randn(tokens, bf16_pipeline.parts.model.config.patch_latent_dim, device="cuda")
+    drawn = []
     for wait in (nullcontext, no_waiting):  # the first time what is made once may wait
         velocity, timesteps = plan_flow(bf16_pipeline.parts, [job])
         with wait():
-            euler(velocity, [noise], timesteps)
+            drawn += euler(velocity, [noise], timesteps)
+    assert torch.equal(*drawn)
+    assert not torch.equal(drawn[0], noise)
 
 
 @torch.inference_mode()
@@ -111,12 +115,17 @@ def test_drawing_never_waits_for_the_gpu(bf16_pipeline, given):
 def test_decoding_waits_for_the_gpu_only_to_look(bf16_pipeline, sampling):
     parts, options = bf16_pipeline.parts, make_options("understand", "text", {})
     jobs = bf16_pipeline._prepared([["a red circle"], ["and a longer text"]], [options] * 2, "text")
-    forks = [job.contexts.full.fork() for job in jobs]
-    for fork in forks:
-        fork.cache.reserve(tokens=fork.length + 16)
-    ids = torch.full((2,), parts.tokenizer.bos_id, device="cuda")
+    contexts, seeds = [job.contexts.full for job in jobs], (1, 2)
+    generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+    wanted = list(decode(parts, contexts, generators, sampling=sampling, max_new_tokens=12))[-1]
+    forks = [context.fork() for context in contexts]
+    generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+    ids, rows = torch.full((2,), parts.tokenizer.bos_id, device="cuda"), []
     for wait in (nullcontext, no_waiting):
         with wait():
             for _ in range(6):
-                logits = parts.model.decode(ids, forks)
-                ids = next_tokens(logits, sampling, [job.generator for job in jobs])
+                ids = next_tokens(parts.model.decode(ids, forks), sampling, generators)
+                rows.append(ids)
+    for answer, column in zip(wanted, torch.stack(rows).T.tolist(), strict=True):
+        assert answer.ids
+        assert column[: len(answer.ids)] == answer.ids

@@ -1,4 +1,4 @@
-"""Linear layers in 8-bit floats: half the memory of bfloat16, and twice its speed on GPUs that have them; lossy.
+"""Linear layers in 8-bit floats: half the memory of bfloat16, and a faster product on GPUs that have them; lossy.
 
 Weights are rounded once, a scale for each output channel; inputs whenever they come, a scale for each token
 (arXiv 2209.05433, the e4m3 format).
@@ -17,7 +17,7 @@ FORMAT = torch.float8_e4m3fn
 LARGEST = torch.finfo(FORMAT).max
 TINY = 1e-12
 """Smallest scale, so that a row of zeros can be divided by its own."""
-GPU = (8, 9)
+CAPABILITY = (8, 9)
 """The first CUDA compute capability that multiplies 8-bit floats."""
 
 
@@ -68,7 +68,7 @@ def round_linears(module: nn.Module) -> int:
     ]
     for _, name, child in found:
         device = child.weight.device
-        if device.type == "cuda" and torch.cuda.get_device_capability(device) < GPU:
+        if device.type == "cuda" and torch.cuda.get_device_capability(device) < CAPABILITY:
             raise ValueError(f"{torch.cuda.get_device_name(device)} cannot multiply 8-bit floats; use bfloat16")
         if child.in_features % 16 or child.out_features % 16:
             raise ValueError(
@@ -83,7 +83,7 @@ def round_linears(module: nn.Module) -> int:
 def round_experts(model: Bagel, *, und: bool = False) -> int:
     """Round the linear layers of a model's gen experts in place, and return how many; see `round_linears`.
 
-    The first and the last layer stay as they are: rounding them costs more than all others.
+    The first and the last layer, next to the embeddings and the heads, stay as they are.
 
     Args:
         model: loaded, on its device.

@@ -278,9 +278,8 @@ class Trainer:
     def _identity(self) -> dict[str, Any]:
         """What must not change when a run is resumed, as JSON values."""
         config = self.config
-        kept = {"seed": config.seed, "batches": config.batches, "freeze": list(config.freeze)}
-        kept["optimizer"] = config.optimizer
-        return {"data": self.data.identity(), **kept}
+        kept = {"seed": config.seed, "batches": config.batches, "optimizer": config.optimizer}
+        return {"data": self.data.identity(), "freeze": list(config.freeze), **kept}
 
 
 def _prepared(root: SummedLosses, config: TrainConfig, world: World) -> SummedLosses:

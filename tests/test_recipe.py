@@ -14,6 +14,7 @@ from safetensors.torch import save_file
 
 from bagel import BagelPipeline
 from bagel.demo import CHECKPOINT
+from bagel.evaluation.language import LOOKS, WORDINGS, plain
 from bagel.evaluation.samples import reworded, sample
 from bagel.loading import load_parts
 from bagel.training import ItemMaker, LatentItem, TextItem, ViTItem
@@ -75,6 +76,10 @@ def test_every_stage_draws_every_task():
     assert len(recipe_data.WEIGHTS) == len(recipe.STAGES)
 
 
+def is_plain(scene) -> bool:
+    return plain(scene, LOOKS) == scene or plain(scene, {*LOOKS, "relation"}) == scene
+
+
 def test_other_words_say_the_same():
     rng = random.Random(0)
     for task in ("t2i1", "t2i2", "t2i3", "think"):
@@ -82,10 +87,18 @@ def test_other_words_say_the_same():
             example = sample(rng, task, side=16)
             other = reworded(rng, example)
             assert (other.scenes, other.outputs[-1]) == (example.scenes, example.outputs[-1])
-    example = sample(rng, "t2i2", side=16, detail="relation")
-    for wording in ("full", "relation", "count"):
-        weights = {name: float(name == wording) for name in ("full", "relation", "count")}
-        assert reworded(rng, example, weights).detail == wording
+    beside = sample(rng, "t2i2", side=16, detail="count")
+    while len({shape.pair for shape in beside.scenes[0].objects}) < 2:
+        beside = sample(rng, "t2i2", side=16, detail="count")
+    only = {wording: {name: float(name == wording) for name in WORDINGS[2]} for wording in WORDINGS[2]}
+    for wording, weights in only.items():
+        assert reworded(rng, beside, weights).detail == wording
+    free = next(
+        e for e in (sample(rng, "t2i2", side=16, detail="full") for _ in range(99)) if not is_plain(e.scenes[0])
+    )
+    assert {reworded(rng, free).detail for _ in range(20)} == {"full"}
+    with pytest.raises(ValueError, match="weights"):
+        reworded(rng, free, only["count"])
     edit = sample(rng, "edit", side=16)
     assert reworded(rng, edit) is edit
 
@@ -94,8 +107,7 @@ def test_a_pool_holds_the_latents_of_its_pictures(parts, pool):
     model, vae, tokenizer = parts
     shapes = recipe_data.Shapes("t2i1", recipe_pool.EncodedMaker(model.config, tokenizer), SIDE)
     examples = recipe_pool.read_pool(pool)["t2i1"]
-    (caption, *targets) = recipe_pool.Pooled(shapes, examples)(random.Random(0))
-    assert isinstance(caption, TextItem)
+    targets = recipe_pool.Pooled(shapes, examples)(random.Random(1))[-recipe_data.TARGETS :]
     assert {target.content.shape for target in targets} == {(16, model.config.patch_latent_dim)}
     fresh = sample(random.Random("pool/0"), "t2i1", side=SIDE)  # any picture: its latents are of the same scale
     pixels = ItemMaker(model.config, tokenizer).latent(fresh.outputs[0]).content
@@ -125,3 +137,17 @@ def test_a_stage_trains_from_the_pool_and_is_exported(pool, vae_run, tmp_path, m
     assert all(line["ce"] > 0 < line["mse"] for line in log)
     pipe = BagelPipeline.from_pretrained(tmp_path / "exported", device="cpu")
     assert pipe.text_to_image("a red circle", num_timesteps=3, progress=False).image.size == (SIDE, SIDE)
+
+
+def test_conditions_are_left_out_as_often_as_stated(parts):
+    rng = random.Random(3)
+    for task, pictures in (("t2i2", 0), ("edit", 1), ("frames", 3)):
+        shapes = recipe_data.Shapes(task, ItemMaker(parts[0].config, parts[2]), SIDE)
+        example = shapes.example(rng)
+        kinds = [[type(item) for item in shapes.items(example, rng)] for _ in range(400)]
+        without_text = sum(TextItem not in items for items in kinds) / len(kinds)
+        assert abs(without_text - recipe_data.DROPPED[task]) < 0.09
+        if pictures:
+            seen = [items.count(ViTItem) for items in kinds]
+            assert set(seen) == {0, pictures}
+            assert abs(seen.count(0) / len(seen) - recipe_data.PICTURES_DROPPED) < 0.06

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import dataclasses
 import random
 import re
 from collections import Counter, defaultdict
@@ -8,7 +9,7 @@ import numpy as np
 import pytest
 
 from bagel.evaluation.edits import CHANGES
-from bagel.evaluation.language import WORDINGS, WORDS, caption, full_caption, parse_caption, relation_words
+from bagel.evaluation.language import WORDINGS, WORDS, caption, full_caption, parse_caption, plain, relation_words
 from bagel.evaluation.motion import FRAMES, random_motion
 from bagel.evaluation.plans import CLEAR
 from bagel.evaluation.questions import TOPICS, ask, refer
@@ -248,8 +249,8 @@ def test_caption_states_exactly_the_attributes_it_names(objects, wording):
     rng = random.Random(objects)
     for scene in draws(60, objects=objects, seed=5):
         words = caption(rng, scene, wording=wording)
-        plain = set(words.text.replace(f"{scene.background} background", "background").split())
-        named = {name for name, values in (("color", COLORS), ("size", SIZES)) if set(values) & plain}
+        said = set(words.text.replace(f"{scene.background} background", "background").split())
+        named = {name for name, values in (("color", COLORS), ("size", SIZES)) if set(values) & said}
         named |= {"count"} | ({"kind"} if any(kind in words.text for kind in KINDS) else set())
         named |= {"background"} if "background" in words.text else set()
         named |= {"place"} if re.search(r"\b(at|in) the\b", words.text) else set()
@@ -260,7 +261,42 @@ def test_caption_states_exactly_the_attributes_it_names(objects, wording):
 def test_caption_counts_shapes_that_look_the_same():
     scene = Scene((RED, RED_BELOW, BLUE), "white")
     texts = {caption(random.Random(seed), scene, wording="count").text for seed in range(60)}
-    assert {"two red circles and a blue square", "draw a blue square and two red circles"} <= texts
+    assert {"two red circles and a blue square", "a picture of two red circles and a blue square"} <= texts
+    assert not any("blue square and" in text for text in texts)
+
+
+def places(scene):
+    return [(shape.size, shape.kind, shape.place) for shape in scene.objects]
+
+
+def test_what_a_caption_leaves_open_is_drawn_plainly():
+    looks = {"color", "kind"}
+    scene = Scene((RED, BLUE, RED_BELOW), "white")
+    row = [("medium", "circle", "left"), ("medium", "circle", "center"), ("medium", "square", "right")]
+    assert places(plain(scene, looks | {"count"})) == row
+    assert places(plain(Scene((RED, BLUE), "white"), looks | {"size", "relation"})) == [
+        ("small", "circle", "top left"),
+        ("large", "square", "bottom right"),
+    ]
+    assert places(plain(Scene((RED, RED_BELOW), "white"), looks | {"relation"})) == [
+        ("medium", "circle", "top"),
+        ("medium", "circle", "bottom"),
+    ]
+    alike = plain(Scene((RED, dataclasses.replace(BLUE, color="red")), "white"), {"color", "count"})
+    assert [shape.kind for shape in alike.objects] == ["circle", "circle"]
+    assert places(plain(Scene((RED,), "white"), {"kind"})) == [("medium", "circle", "center")]
+    assert plain(scene, {*looks, "size", "place", "count", "background"}) == scene
+
+
+@pytest.mark.parametrize("task", ["t2i1", "t2i2", "t2i3", "think"])
+def test_pictures_are_what_their_captions_call_for(task):
+    rng = random.Random(7)
+    for split in ("train", "held_out"):
+        for _ in range(40):
+            example = sample(rng, task, split, side=16)
+            (scene,) = example.scenes
+            assert plain(scene, example.stated) == scene
+            assert split_of(scene) == split
 
 
 def test_caption_of_a_wording_that_does_not_fit_is_refused():

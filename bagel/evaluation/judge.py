@@ -17,7 +17,7 @@ from PIL import Image, ImageFilter
 
 from bagel.evaluation.language import ATTRIBUTES
 from bagel.evaluation.render import Point, coverage, render, unit_area
-from bagel.evaluation.scene import BACKGROUNDS, COLORS, GRID, KINDS, PLACES, SIZES, Scene, Shape, offset
+from bagel.evaluation.scene import BACKGROUNDS, COLORS, GRID, KINDS, SIZES, Scene, Shape, offset, place_of
 
 # Distance in RGB (0 to 255 each) at which a pixel stands out from the background; the palettes are over 100 apart.
 STANDS_OUT = 48.0
@@ -117,7 +117,7 @@ def _components(mask: np.ndarray) -> list[np.ndarray]:
 
 def _place(center: Point, side: int) -> str:
     column, row = (min(range(3), key=lambda i: abs(GRID[i] - value / side)) for value in center)
-    return next(name for name, cell in PLACES.items() if cell == (column, row))
+    return place_of((column, row))
 
 
 def _soft_mask(pixels: np.ndarray, blob: np.ndarray, others: np.ndarray, ground: np.ndarray) -> tuple:

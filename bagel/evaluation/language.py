@@ -6,18 +6,22 @@ drawn from it is judged on those alone.
 
 from __future__ import annotations
 
+import dataclasses
 import random
 import re
 from collections import Counter
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
 
-from bagel.evaluation.scene import BACKGROUNDS, COLORS, KINDS, PLACES, SIZES, Scene, Shape, offset
+from bagel.evaluation.scene import BACKGROUNDS, COLORS, KINDS, PLACES, SIZES, Scene, Shape, offset, place_of
 
 ATTRIBUTES = ("count", "kind", "color", "size", "place", "background", "relation")
 LOOKS = ("size", "color", "kind")
 NUMBERS = ("zero", "one", "two", "three")
 WORDINGS = {1: ("full", "brief"), 2: ("full", "relation", "count"), 3: ("full", "count")}
+
+ROWS = {1: (1,), 2: (0, 2), 3: (0, 1, 2)}
+"""Columns of so many shapes side by side."""
 
 FORMS = (
     "{objects} on {background}",
@@ -128,13 +132,13 @@ def _relation(rng: random.Random, scene: Scene, noun: NounPhrase) -> tuple[str, 
 
 
 def _count(rng: random.Random, scene: Scene, noun: NounPhrase) -> tuple[str, set[str]]:
-    """Count the shapes that look the same: "two red circles and a blue square", "three stars"."""
+    """Count the shapes that look the same, in reading order: "two red circles and a blue square", "three stars"."""
     choices = [("color", "kind")] * 2
     choices += [(name,) for name in ("color", "kind") if len({getattr(s, name) for s in scene.objects}) == 1]
     stated = rng.choice(choices)
     groups = Counter(noun(shape, stated) for shape in scene.objects)
     names = [f"{NUMBERS[n]} {plural(name)}" if n > 1 else with_article(name) for name, n in groups.items()]
-    return listing(rng.sample(names, len(names))), {*stated}
+    return listing(names), {*stated}
 
 
 _WORDING = {"full": _full, "brief": _brief, "relation": _relation, "count": _count}
@@ -163,6 +167,31 @@ def caption(
         return Caption(rng.choice(BARE_FORMS).format(objects=objects), frozenset(stated))
     text = rng.choice(FORMS).format(objects=objects, background=background(scene.background))
     return Caption(text, frozenset(stated | {"background"}))
+
+
+def plain(scene: Scene, stated: Collection[str]) -> Scene:
+    """Return the picture that a caption calls for: what it leaves open, `stated` being the rest, is drawn plainly.
+
+    Plain is medium size, shapes alike where nothing tells them apart, and the middle of the picture: side by side in
+    the order of mention, or on both sides of the centre as a stated relation has it. Backgrounds, and the looks of a
+    single shape, stay as they are. A scene that is plain already is returned as it is.
+    """
+    first = scene.objects[0]
+    open_looks = {name: getattr(first, name) for name in ("color", "kind") if name not in stated}
+    if "size" not in stated:
+        open_looks["size"] = "medium"
+    shapes = [dataclasses.replace(shape, **open_looks) for shape in scene.objects]
+    if "relation" in stated:
+        column, row = offset(*shapes)
+        cells = [(1 + column, 1 + row), (1 - column, 1 - row)]
+    elif "place" not in stated:
+        looks = [shape.pair for shape in shapes]
+        shapes.sort(key=lambda shape: looks.index(shape.pair))
+        cells = [(column, 1) for column in ROWS[len(shapes)]]
+    else:
+        cells = [PLACES[shape.place] for shape in shapes]
+    placed = [dataclasses.replace(shape, place=place_of(cell)) for shape, cell in zip(shapes, cells, strict=True)]
+    return Scene(tuple(placed), scene.background)
 
 
 _SHAPE = re.compile(

@@ -9,7 +9,16 @@ from dataclasses import dataclass, replace
 from PIL import Image
 
 from bagel.evaluation.edits import CHANGES, edit
-from bagel.evaluation.language import ATTRIBUTES, WORDINGS, Caption, caption, full_caption, noun_phrase, with_article
+from bagel.evaluation.language import (
+    ATTRIBUTES,
+    WORDINGS,
+    Caption,
+    caption,
+    full_caption,
+    noun_phrase,
+    plain,
+    with_article,
+)
 from bagel.evaluation.motion import Motion, random_motion
 from bagel.evaluation.plans import plan
 from bagel.evaluation.questions import CAPTION_REQUESTS, TOPICS, ask
@@ -60,11 +69,14 @@ def _random_count(rng: random.Random) -> int:
 def _text_to_image(rng: random.Random, task: str, split: str, side: int, detail: str | None) -> Example:
     count = int(task[-1])
     wording = detail or rng.choice(WORDINGS[count])
-    scene = random_scene(rng, objects=count, split=split)
-    while wording == "relation" and not _can_be_related(scene):
+    while True:
         scene = random_scene(rng, objects=count, split=split)
-    words = caption(rng, scene, wording=wording)
-    return Example(task, (words.text,), (render(scene, side=side),), (scene,), words.stated, wording)
+        if wording == "relation" and not _can_be_related(scene):
+            continue
+        words = caption(rng, scene, wording=wording)
+        drawn = plain(scene, words.stated)
+        if split_of(drawn) == split:
+            return Example(task, (words.text,), (render(drawn, side=side),), (drawn,), words.stated, wording)
 
 
 def _can_be_related(scene: Scene) -> bool:
@@ -104,10 +116,10 @@ def _think(rng: random.Random, task: str, split: str, side: int, detail: str | N
         if len(scene.objects) == 3 and len({shape.pair for shape in scene.objects}) > 1:
             continue  # three shapes come in number riddles only: their full captions leave no room for a plan
         made = plan(rng, scene)
-        kind = "indirect" if made.indirect else "clear"
-        if detail in (None, kind):
-            outputs = (made.text, render(scene, side=side))
-            return Example(task, (made.prompt,), outputs, (scene,), made.stated, kind)
+        kind, drawn = "indirect" if made.indirect else "clear", plain(scene, made.stated)
+        if detail in (None, kind) and split_of(drawn) == split:
+            outputs = (made.text, render(drawn, side=side))
+            return Example(task, (made.prompt,), outputs, (drawn,), made.stated, kind)
 
 
 def motion_caption(rng: random.Random, motion: Motion) -> Caption:
@@ -151,21 +163,25 @@ def sample(
 def reworded(rng: random.Random, example: Example, weights: Mapping[str, float] | None = None) -> Example:
     """Say what an example shows in other words: captions to draw from, and plans.
 
-    A relation is named where two shapes differ. The other tasks are returned as they are. The pictures are not looked
-    at and may be anything. `weights`: how likely each wording of a caption is, relative to the others; all alike by
-    default.
+    A relation is named where two shapes differ, and nothing is left out that the picture does not show plainly. The
+    other tasks are returned as they are. The pictures are not looked at and may be anything. `weights`: how likely
+    each wording of a caption is, relative to the others; all alike by default. "full" fits every scene, others not
+    all. Raises ValueError where no wording that fits is likely at all.
     """
     scene, wordings = example.scenes[0], WORDINGS.get(len(example.scenes[0].objects), ())
     if example.task.startswith("t2i"):
-        fitting = [name for name in wordings if name != "relation" or _can_be_related(scene)]
+        tried = [name for name in wordings if name != "relation" or _can_be_related(scene)]
+        captions = {name: caption(rng, scene, wording=name) for name in tried}
+        fitting = [name for name, words in captions.items() if plain(scene, words.stated) == scene]
         (wording,) = rng.choices(fitting, [1.0 if weights is None else weights[name] for name in fitting])
-        words = caption(rng, scene, wording=wording)
+        words = captions[wording]
         return replace(example, inputs=(words.text,), stated=words.stated, detail=wording)
     if example.task == "think":
-        made = plan(rng, scene)
-        kind = "indirect" if made.indirect else "clear"
-        outputs = (made.text, *example.outputs[1:])
-        return replace(example, inputs=(made.prompt,), outputs=outputs, stated=made.stated, detail=kind)
+        while True:
+            made = plan(rng, scene)
+            if plain(scene, made.stated) == scene:
+                kind, outputs = "indirect" if made.indirect else "clear", (made.text, *example.outputs[1:])
+                return replace(example, inputs=(made.prompt,), outputs=outputs, stated=made.stated, detail=kind)
     return example
 
 

@@ -110,6 +110,11 @@ class Scene:
         return tuple(place for place in PLACES if place not in taken)
 
 
+def place_of(cell: tuple[int, int]) -> str:
+    """Name the place at (column, row)."""
+    return next(name for name, at in PLACES.items() if at == cell)
+
+
 def offset(a: Shape, b: Shape) -> tuple[int, int]:
     """Tell where `a` lies seen from `b`: (-1 left, 0, 1 right) and (-1 above, 0, 1 below)."""
     (ax, ay), (bx, by) = PLACES[a.place], PLACES[b.place]

@@ -38,17 +38,23 @@ class Attention(nn.Module):
         self.head_dim = config.head_dim
         self.qkv_proj = nn.Linear(config.hidden_size, (self.heads + 2 * self.kv_heads) * self.head_dim)
         self.o_proj = nn.Linear(self.heads * self.head_dim, config.hidden_size, bias=False)
-        self.q_norm = RMSNorm(self.head_dim, eps=config.rms_norm_eps) if config.qk_norm else nn.Identity()
-        self.k_norm = RMSNorm(self.head_dim, eps=config.rms_norm_eps) if config.qk_norm else nn.Identity()
+        self.q_norm = RMSNorm(self.head_dim, eps=config.rms_norm_eps) if config.qk_norm else None
+        self.k_norm = RMSNorm(self.head_dim, eps=config.rms_norm_eps) if config.qk_norm else None
 
     def project(self, x: Tensor, rotary: Rotary) -> Heads:
         """Return rotated queries and keys, and values, of normed tokens x (T, H)."""
         qkv = self.qkv_proj(x).unflatten(-1, (-1, self.head_dim))
-        q, k, v = qkv.split([self.heads, self.kv_heads, self.kv_heads], dim=-2)
-        # Norm and rotation in float32, rounded once just before attention.
-        q = rotate(self.q_norm(q.float()), rotary).to(v.dtype)
-        k = rotate(self.k_norm(k.float()), rotary).to(v.dtype)
+        qk, v = qkv.split([self.heads + self.kv_heads, self.kv_heads], dim=-2)
+        # Queries and keys at once; norm and rotation in float32, rounded once just before attention.
+        q, k = rotate(self._norm(qk.float()), rotary).to(v.dtype).split([self.heads, self.kv_heads], dim=-2)
         return q, k, v
+
+    def _norm(self, qk: Tensor) -> Tensor:
+        """Apply `q_norm` and `k_norm` to queries and keys (T, Hq + Hkv, D)."""
+        if self.q_norm is None or self.k_norm is None:
+            return qk
+        weights = [self.q_norm.weight.expand(self.heads, -1), self.k_norm.weight.expand(self.kv_heads, -1)]
+        return torch.cat(weights) * F.rms_norm(qk, (self.head_dim,), eps=self.q_norm.eps)
 
     def no_heads(self, *, like: Tensor) -> Heads:
         """Return the heads of no tokens, of the type and on the device of `like`."""

@@ -6,19 +6,18 @@ import torch
 from torch import Tensor
 
 Rotary = tuple[Tensor, Tensor]
-"""Cosines and sines, each (T, D) float32."""
+"""Cosines and sines, each (T, 1, D) float32; the sines of the first half have their sign changed."""
 
 
 def rotary_table(positions: Tensor, *, head_dim: int, theta: float) -> Rotary:
-    """Return cos and sin for rotary positions (T,): each (T, D) float32, both halves alike."""
+    """Return the table of rotary positions (T,); both halves of a head have the same angles."""
     exponents = torch.arange(0, head_dim, 2, dtype=torch.float32, device=positions.device) / head_dim
     angles = positions.float()[:, None] * theta**-exponents  # (T, D/2)
-    angles = torch.cat([angles, angles], dim=-1)
-    return angles.cos(), angles.sin()
+    cos, sin = angles.cos(), angles.sin()
+    return torch.cat([cos, cos], dim=-1)[:, None], torch.cat([-sin, sin], dim=-1)[:, None]
 
 
 def rotate(x: Tensor, rotary: Rotary) -> Tensor:
     """Rotate heads x (T, heads, D) by the table of their positions; computed in the type of `x`."""
-    cos, sin = (table[:, None] for table in rotary)  # (T, 1, D)
-    first, second = x.chunk(2, dim=-1)
-    return x * cos + torch.cat([-second, first], dim=-1) * sin
+    cos, sin = rotary
+    return torch.addcmul(x * cos, x.roll(x.shape[-1] // 2, dims=-1), sin)

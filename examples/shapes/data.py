@@ -13,7 +13,7 @@ from PIL import Image
 
 from bagel.evaluation.questions import ask
 from bagel.evaluation.render import render
-from bagel.evaluation.samples import Example, reworded, sample
+from bagel.evaluation.samples import DETAILS, Example, reworded, sample
 from bagel.evaluation.scene import Scene, random_scene
 from bagel.evaluation.tasks import NEXT_FRAME, SHOWN_FRAMES
 from bagel.options import THINK_GENERATE
@@ -25,10 +25,16 @@ WEIGHTS = (
     {"t2i1": 4, "t2i2": 10, "t2i3": 10, "caption": 18, "qa": 32, "edit": 26, "think": 6, "frames": 14},
     {"t2i1": 2, "t2i2": 16, "t2i3": 14, "caption": 6, "qa": 14, "edit": 34, "think": 5, "frames": 18},
     {"t2i1": 2, "t2i2": 16, "t2i3": 14, "caption": 4, "qa": 14, "edit": 40, "think": 4, "frames": 24},
+    {"t2i1": 4, "t2i2": 12, "t2i3": 14, "caption": 8, "qa": 14, "edit": 44, "think": 5, "frames": 22},
 )
 """How often each task is drawn, stage by stage: first mostly drawing, then mostly seeing, then what takes longest."""
-TEXT_DROPPED = (0.1, 0.1, 0.1, 0.3)
-"""How often texts are left out, stage by stage: guidance amplifies what is learned from pictures alone."""
+DROPPED = {"t2i1": 0.1, "t2i2": 0.1, "t2i3": 0.1, "think": 0.15, "edit": 0.3, "frames": 0.5}
+"""How often the texts of a task are left out.
+
+Guidance amplifies the difference that the text makes, mistakes of the model without it included.
+"""
+PICTURES_DROPPED = 0.1
+"""How often all pictures to edit or to continue are left out."""
 WORDINGS = {"full": 2, "brief": 2, "relation": 6, "count": 4}
 """How often a caption is worded so: those that leave open what stands where take longer to learn."""
 TOPICS = {"yes_no": 6, "kind": 4, "place": 3, "count": 3, "color": 2, "size": 2, "background": 1}
@@ -51,21 +57,28 @@ class Shapes:
         """Return the items of one random example."""
         if self.task == "qa":
             return self.chat(random_scene(rng, objects=rng.choice((1, 2, 3))), rng)
-        return self.items(sample(rng, "video" if self.task == "frames" else self.task, side=self.side), rng)
+        return self.items(self.example(rng), rng)
+
+    def example(self, rng: random.Random) -> Example:
+        """Return one random example, its pictures drawn."""
+        detail = None
+        if fitting := DETAILS.get(self.task, ()) if self.task.startswith("t2i") else ():
+            (detail,) = rng.choices(fitting, [WORDINGS[name] for name in fitting])
+        return sample(rng, "video" if self.task == "frames" else self.task, side=self.side, detail=detail)
 
     def items(self, example: Example, rng: random.Random) -> Sequence[Item]:
         """Return the items of an example, in words drawn afresh."""
         example = reworded(rng, example, WORDINGS)
         if self.task.startswith("t2i"):
-            return self.text_to_image(example)
+            return self.text_to_image(example, rng)
         return {"caption": self.caption, "edit": self.edit, "think": self.think, "frames": self.frames}[self.task](
             example, rng
         )
 
-    def text_to_image(self, example: Example) -> list[Item]:
-        """Caption, then the picture to learn; the caption is dropped now and then."""
+    def text_to_image(self, example: Example, rng: random.Random) -> list[Item]:
+        """Caption, then the picture to learn."""
         (caption,), (picture,) = example.inputs, example.outputs
-        return [self.maker.text(caption, droppable=True), *self.targets(picture)]
+        return [*self.told(caption, rng), *self.targets(picture)]
 
     def caption(self, example: Example, rng: random.Random) -> list[Item]:
         """Picture and request, then the caption to learn; a question sees the picture through the ViT only."""
@@ -84,11 +97,7 @@ class Shapes:
     def edit(self, example: Example, rng: random.Random) -> list[Item]:
         """Picture (as latents and through the ViT) and instruction, then the changed picture to learn."""
         picture, instruction = example.inputs
-        return [
-            *self.shown([picture], rng),
-            self.maker.text(instruction, droppable=True),
-            *self.targets(example.outputs[0]),
-        ]
+        return [*self.shown([picture], rng), *self.told(instruction, rng), *self.targets(example.outputs[0])]
 
     def think(self, example: Example, rng: random.Random) -> list[Item]:
         """System prompt, prompt, the plan to learn, the picture to learn.
@@ -96,7 +105,7 @@ class Shapes:
         Guidance compares with the system prompt alone, so prompt and plan are left out together.
         """
         system, (prompt,), (plan, picture) = self.maker.text(THINK_GENERATE), example.inputs, example.outputs
-        if rng.random() < 0.1:
+        if rng.random() < DROPPED["think"]:
             return [system, *self.targets(picture)]
         return [system, self.maker.text(prompt), self.maker.text(plan, loss=True), *self.targets(picture)]
 
@@ -104,15 +113,18 @@ class Shapes:
         """Three frames in a row, then the fourth to learn."""
         first = rng.randrange(len(example.outputs) - SHOWN_FRAMES)
         frames = example.outputs[first : first + SHOWN_FRAMES + 1]
-        text = self.maker.text(NEXT_FRAME, droppable=True)
-        return [*self.shown(frames[:-1], rng), text, *self.targets(frames[-1])]
+        return [*self.shown(frames[:-1], rng), *self.told(NEXT_FRAME, rng), *self.targets(frames[-1])]
 
     def targets(self, picture: Image.Image) -> list[Item]:
         """Return the picture to learn; the copies do not see one another."""
         return [self.maker.latent(picture, loss=True)] * TARGETS
 
+    def told(self, text: str, rng: random.Random) -> list[Item]:
+        """Return the text of a task, left out now and then."""
+        return [] if rng.random() < DROPPED[self.task] else [self.maker.text(text)]
+
     def shown(self, pictures: Sequence[Image.Image], rng: random.Random) -> list[Item]:
         """Return both views of each input picture; now and then all pictures are left out, as guidance does."""
-        if rng.random() < 0.1:
+        if rng.random() < PICTURES_DROPPED:
             return []
-        return [view for picture in pictures for view in self.maker.condition(picture)]
+        return [view for picture in pictures for view in self.maker.condition(picture, droppable=False)]

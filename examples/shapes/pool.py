@@ -18,7 +18,7 @@ import torch
 from data import Shapes
 from PIL import Image
 
-from bagel.evaluation.samples import Example, sample
+from bagel.evaluation.samples import Example
 from bagel.image import patchify
 from bagel.training import ItemMaker, LatentItem, ViTItem
 from bagel.training.samples import Item
@@ -26,7 +26,7 @@ from bagel.vae import Autoencoder
 
 BLOCK = 1000
 """Examples of a file."""
-DRAWN = {"t2i1": 10, "t2i2": 24, "t2i3": 24, "think": 10, "edit": 26, "frames": 6}
+DRAWN = {"t2i1": 8, "t2i2": 20, "t2i3": 22, "think": 8, "edit": 30, "frames": 12}
 """Share of each task that draws."""
 
 
@@ -96,7 +96,7 @@ def encoded_block(block: int, maker: ItemMaker, vae: Autoencoder, *, side: int) 
     rng, generator = random.Random(f"pool/{block}"), torch.Generator().manual_seed(block)
     examples = []
     for task in rng.choices(list(DRAWN), list(DRAWN.values()), k=BLOCK):
-        examples.append((task, sample(rng, "video" if task == "frames" else task, side=side)))
+        examples.append((task, Shapes(task, maker, side).example(rng)))
     pictures = [part for _, e in examples for part in (*e.inputs, *e.outputs) if isinstance(part, Image.Image)]
     views = [maker.condition(picture) for picture in pictures]
     pixels = torch.stack([latent.content for latent, _ in views]).to(memory_format=torch.channels_last)

@@ -22,7 +22,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from data import TEXT_DROPPED, WEIGHTS, Shapes
+from data import WEIGHTS, Shapes
 from model import CONFIG, SIDE
 from pool import EncodedMaker, Pooled, read_pool, write_pool
 from safetensors.torch import load_file
@@ -33,7 +33,7 @@ from bagel.loading import load_parts
 from bagel.modeling import Bagel
 from bagel.pipeline import BagelPipeline
 from bagel.tokenizer import Tokenizer
-from bagel.training import Data, Dropout, Generated, ItemMaker, Rules, TrainConfig, Trainer
+from bagel.training import Data, Generated, ItemMaker, Rules, TrainConfig, Trainer
 from bagel.training.state import newest
 from bagel.training.vae_training import VAELossWeights, VAETrainer
 from bagel.vae import Autoencoder
@@ -60,6 +60,7 @@ STAGES = (
     dataclasses.replace(FIRST, steps=1500, lr=2e-3, warmup=50),
     dataclasses.replace(FIRST, steps=3000, lr=1.6e-3, warmup=50, min_lr=0.01),
     dataclasses.replace(FIRST, steps=1040, lr=1e-3, warmup=30, min_lr=0.01),
+    dataclasses.replace(FIRST, steps=8000, lr=2e-3, warmup=100, min_lr=0.01),
 )
 
 
@@ -129,7 +130,7 @@ def train_model(args: argparse.Namespace) -> None:
         makers |= {task: Pooled(Shapes(task, encoded, SIDE), examples) for task, examples in pool.items()}
     data = Data(
         sources={task: Generated(make) for task, make in makers.items()},
-        rules=Rules.of(model.config, tokenizer, dropout=Dropout(text=TEXT_DROPPED[args.stage - 1], vae=0.1, vit=0.3)),
+        rules=Rules.of(model.config, tokenizer),
         image_tokens=(tokenizer.image_start_id, tokenizer.image_end_id),
         token_budget=args.tokens,
         weights=weights,
@@ -164,7 +165,9 @@ def main() -> None:
         command.add_argument("--set", type=json.loads, default={}, help='other settings as JSON, e.g. {"steps": 100}')
         if name == "model":
             command.add_argument("--vae", type=Path, required=True)
-            command.add_argument("--stage", type=int, choices=(1, 2, 3, 4), default=1, help="the mixture of tasks")
+            command.add_argument(
+                "--stage", type=int, choices=range(1, 1 + len(STAGES)), default=1, help="the mixture of tasks"
+            )
             command.add_argument("--tokens", type=int, default=12000, help="tokens of a step")
             command.add_argument("--pool", type=Path, help="draw from pictures encoded ahead")
             command.add_argument("--time-limit", type=float, help="save and stop after so many seconds")

@@ -186,6 +186,16 @@ def test_times_are_logistic_normal_and_shifted_towards_noise():
     assert timestep(float("-inf"), 3.0) == 0.0
 
 
+def test_times_can_be_drawn_as_sampling_visits_them():
+    rng = random.Random(0)
+    rules = Rules(bos=7, eos=8, latent_dim=LATENT, timestep_shift=3.0, times="uniform")
+    times = torch.tensor([build([latent_item(loss=True)], rules, rng)[0].timestep for _ in range(4000)])
+    plain = (times / (3 - 2 * times)).sort().values
+    assert (plain - (torch.arange(4000) + 0.5) / 4000).abs().max() < 0.03  # Kolmogorov and Smirnov's distance
+    with pytest.raises(ValueError, match="times must be one of logit_normal, uniform, got 'normal'"):
+        Rules(bos=7, eos=8, latent_dim=LATENT, times="normal")
+
+
 def test_frames_with_a_loss_share_one_time_and_clean_ones_have_none():
     frames = FramesItem((latent_item(), latent_item(loss=True), latent_item(loss=True)), (1, 2))
     (split,) = build([frames], RULES, random.Random(0))

@@ -18,7 +18,7 @@ from bagel.training.trainer import Trainer
 EXAMPLE = """\
 RUN.json:
   {"model": "checkpoint folder", "fresh": false,
-   "data": {"token_budget": 32768, "seed": 0, "weight_by_length": true,
+   "data": {"token_budget": 32768, "seed": 0, "weight_by_length": true, "times": "logit_normal",
             "dropout": {"text": 0.1, "vae": 0.3, "vit": 0.3},
             "sources": {"draw": {"kind": "text_to_image", "place": "t2i/", "weight": 2},
                         "edit": {"kind": "editing", "place": "edit/"},
@@ -65,6 +65,7 @@ def make_trainer(run: dict[str, Any], out: str | Path, *, device: str | None = N
     rules = Rules.of(
         model.config,
         tokenizer,
+        times=data.get("times", "logit_normal"),
         dropout=Dropout(**data.get("dropout", {})),
         weight_by_length=data.get("weight_by_length", False),
     )

@@ -11,6 +11,7 @@ import math
 import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from typing import Literal, get_args
 
 import torch
 from PIL import Image
@@ -108,6 +109,9 @@ class Dropout:
     vit: float = 0.3
 
 
+Times = Literal["logit_normal", "uniform"]
+
+
 @dataclass(frozen=True)
 class Rules:
     """What turns items into segments.
@@ -119,6 +123,8 @@ class Rules:
         timestep_shift: the model's; 1 leaves the drawn times as they are.
         dropout: how often droppable items are dropped.
         weight_by_length: weigh each label of a text by 1 / sqrt(its number of labels), instead of 1.
+        times: how times are drawn before the shift: "logit_normal", the sigmoid of a standard normal (the released
+            model's way, arXiv 2403.03206), or "uniform", which is how sampling visits them.
     """
 
     bos: int
@@ -127,6 +133,11 @@ class Rules:
     timestep_shift: float = 1.0
     dropout: Dropout = Dropout()
     weight_by_length: bool = False
+    times: Times = "logit_normal"
+
+    def __post_init__(self) -> None:
+        if self.times not in get_args(Times):
+            raise ValueError(f"times must be one of {', '.join(get_args(Times))}, got {self.times!r}")
 
     @classmethod
     def of(
@@ -136,6 +147,7 @@ class Rules:
         *,
         dropout: Dropout = Dropout(),
         weight_by_length: bool = False,
+        times: Times = "logit_normal",
     ) -> Rules:
         """Return the rules of a model and its tokenizer."""
         return cls(
@@ -145,6 +157,7 @@ class Rules:
             timestep_shift=config.timestep_shift,
             dropout=dropout,
             weight_by_length=weight_by_length,
+            times=times,
         )
 
 
@@ -163,12 +176,12 @@ def build(
         items: in order.
         rules: see `Rules`.
         rng: decides which droppable items are dropped, and the times.
-        draw: gives u of the next target in order, its time being sigmoid(u); standard normal from `rng` by default.
+        draw: gives u of the next target in order, its time being sigmoid(u); from `rng`, as the rules say, by default.
 
     Raises:
         ValueError: an item that contradicts itself; the message says how.
     """
-    draw = draw or (lambda: rng.gauss(0.0, 1.0))
+    draw = draw or (lambda: _logistic(rng) if rules.times == "uniform" else rng.gauss(0.0, 1.0))
     segments: list[Segment] = []
     for item in items:
         if isinstance(item, FramesItem):
@@ -185,6 +198,12 @@ def build(
         else:
             segments.append(_latents(item, rules, timestep(draw(), rules.timestep_shift) if item.loss else 0.0))
     return segments
+
+
+def _logistic(rng: random.Random) -> float:
+    """Return the u whose sigmoid is uniform."""
+    t = max(rng.random(), 1e-12)
+    return math.log(t / (1 - t))
 
 
 def _dropped(item: TextItem | ViTItem | LatentItem, dropout: Dropout, rng: random.Random) -> bool:

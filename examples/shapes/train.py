@@ -60,7 +60,7 @@ STAGES = (
     dataclasses.replace(FIRST, steps=1500, lr=2e-3, warmup=50),
     dataclasses.replace(FIRST, steps=3000, lr=1.6e-3, warmup=50, min_lr=0.01),
     dataclasses.replace(FIRST, steps=1040, lr=1e-3, warmup=30, min_lr=0.01),
-    dataclasses.replace(FIRST, steps=8000, lr=2e-3, warmup=100, min_lr=0.01),
+    dataclasses.replace(FIRST, steps=6300, lr=2e-3, warmup=100, min_lr=0.01),
 )
 
 
@@ -109,7 +109,7 @@ def with_vae(args: argparse.Namespace) -> tuple[Bagel, Autoencoder, Tokenizer]:
     """Return a model, fresh or from a run, and its tokenizer with the autoencoder that was trained for them."""
     model, _, tokenizer = load_parts(newest(args.start) or args.start, device="cpu", dtype=torch.float32)
     vae = trained_vae(args.vae)
-    model.config = dataclasses.replace(model.config, vae_config=vae.config)
+    model.config = dataclasses.replace(model.config, vae_config=vae.config, timestep_shift=CONFIG.timestep_shift)
     return model, vae, tokenizer
 
 
@@ -130,7 +130,7 @@ def train_model(args: argparse.Namespace) -> None:
         makers |= {task: Pooled(Shapes(task, encoded, SIDE), examples) for task, examples in pool.items()}
     data = Data(
         sources={task: Generated(make) for task, make in makers.items()},
-        rules=Rules.of(model.config, tokenizer),
+        rules=Rules.of(model.config, tokenizer, times="uniform"),
         image_tokens=(tokenizer.image_start_id, tokenizer.image_end_id),
         token_budget=args.tokens,
         weights=weights,

@@ -99,8 +99,14 @@ def test_other_words_say_the_same():
     assert {reworded(rng, free).detail for _ in range(20)} == {"full"}
     with pytest.raises(ValueError, match="weights"):
         reworded(rng, free, only["count"])
-    edit = sample(rng, "edit", side=16)
-    assert reworded(rng, edit) is edit
+    recolored = sample(rng, "edit", side=16, detail="recolor")
+    others = [reworded(rng, recolored) for _ in range(20)]
+    assert {(other.inputs[0], other.scenes, other.outputs) for other in others} == {
+        (recolored.inputs[0], recolored.scenes, recolored.outputs)
+    }
+    assert len({other.inputs[1] for other in others}) > 4
+    chat = sample(rng, "qa", side=16)
+    assert reworded(rng, chat) is chat
 
 
 def test_a_pool_holds_the_latents_of_its_pictures(parts, pool):

@@ -1,4 +1,7 @@
-"""Short motions: one shape on a straight line at constant speed, inside the picture from first to last frame."""
+"""Short motions: one shape on a straight line at constant speed, inside the picture from first to last frame.
+
+Shapes stand on a grid of a 32nd of the side, and move one or two of its cells a frame along an axis or both.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +15,8 @@ from bagel.evaluation.render import REACH, Point, render
 from bagel.evaluation.scene import BACKGROUNDS, SIZES, SPLITS, Scene, random_shape, split_of
 
 FRAMES = 7
-SPEEDS = (0.03, 0.085)  # fractions of the side a frame
+CELL = 1 / 32  # of the side
+SPEEDS = (1, 2)  # cells a frame
 DIRECTIONS = {
     "right": (1, 0),
     "left": (-1, 0),
@@ -60,10 +64,12 @@ def random_motion(rng: random.Random, *, split: str = "train") -> Motion:
         direction = rng.choice(tuple(DIRECTIONS))
         if split_of(scene, direction) == split:
             break
-    step = DIRECTIONS[direction]
-    speed = rng.uniform(*SPEEDS) / math.hypot(*step)
-    velocity = (speed * step[0], speed * step[1])
+    speed = rng.choice(SPEEDS)
+    steps = [speed * step for step in DIRECTIONS[direction]]  # cells a frame
     margin = REACH * SIZES[scene.objects[0].size] + 0.01
-    travel = [(FRAMES - 1) * v for v in velocity]
-    start = [rng.uniform(margin - min(t, 0), 1 - margin - max(t, 0)) for t in travel]
+    start = []
+    for step in steps:
+        first, last = margin - CELL * min((FRAMES - 1) * step, 0), 1 - margin - CELL * max((FRAMES - 1) * step, 0)
+        start.append(CELL * rng.randint(math.ceil(first / CELL), math.floor(last / CELL)))
+    velocity = (CELL * steps[0], CELL * steps[1])
     return Motion(scene=scene, direction=direction, start=(start[0], start[1]), velocity=velocity)

@@ -33,6 +33,8 @@ DETAILS = {
     **{"qa": TOPICS, "edit": CHANGES, "think": ("indirect", "clear")},
 }
 
+INSTRUCTIONS_DRAWN = 40
+
 Part = str | Image.Image
 
 
@@ -182,6 +184,12 @@ def reworded(rng: random.Random, example: Example, weights: Mapping[str, float] 
             if plain(scene, made.stated) == scene:
                 kind, outputs = "indirect" if made.indirect else "clear", (made.text, *example.outputs[1:])
                 return replace(example, inputs=(made.prompt,), outputs=outputs, stated=made.stated, detail=kind)
+    if example.task == "edit":
+        before, after = example.scenes
+        for _ in range(INSTRUCTIONS_DRAWN):
+            done = edit(rng, before, change=example.detail)
+            if done.after == after:
+                return replace(example, inputs=(example.inputs[0], done.instruction))
     return example
 
 

@@ -60,7 +60,7 @@ STAGES = (
     dataclasses.replace(FIRST, steps=1500, lr=2e-3, warmup=50),
     dataclasses.replace(FIRST, steps=3000, lr=1.6e-3, warmup=50, min_lr=0.01),
     dataclasses.replace(FIRST, steps=1040, lr=1e-3, warmup=30, min_lr=0.01),
-    dataclasses.replace(FIRST, steps=6300, lr=2e-3, warmup=100, min_lr=0.01),
+    dataclasses.replace(FIRST, steps=4600, lr=1.8e-3, warmup=50, min_lr=0.01),
 )
 
 

@@ -26,17 +26,17 @@ from bagel.results import ImageResult
 
 PROMPTS = (
     "a large red circle in the center on a light blue background",
-    "a medium green diamond at the bottom right on a white background",
-    "a small blue star at the left and a large orange square at the top right on a beige background",
+    "a green diamond above an orange square on a white background",
+    "three blue stars on a beige background",
 )
-QUESTIONS = ("how big is the circle?", "what color is the diamond?", "what color is the star?")
+QUESTIONS = ("how big is the circle?", "what color is the diamond?", "how many stars are there?")
 EDITS = ("add a small yellow star at the top right", "make the background white")
 RIDDLE = "a large circle of the color of grass in the center on a background of the color of snow"
 MOTION = Motion(
     scene=Scene((Shape("star", "purple", "medium", "center"),), "light green"),
     direction="up and right",
     start=(0.25, 0.75),
-    velocity=(0.055, -0.055),
+    velocity=(0.0625, -0.0625),
 )
 DRAWING = {"num_timesteps": 25, "progress": False}
 THINKING = {"think": True, "max_think_tokens": 64}

@@ -7,7 +7,8 @@
     python examples/shapes/train.py model --stage 2 --start runs/first --vae runs/vae --out runs/second
     python examples/shapes/train.py model --stage 3 --start runs/second --vae runs/vae --out runs/third
     python examples/shapes/train.py model --stage 4 --start runs/third --vae runs/vae --out runs/fourth
-    python examples/shapes/train.py export --run runs/fourth --to bagel/demo/checkpoint
+    python examples/shapes/train.py model --stage 5 --start runs/fourth --vae runs/vae --out runs/fifth
+    python examples/shapes/train.py export --run runs/fifth --to bagel/demo/checkpoint
 
 With torchrun the model trains on several GPUs: torchrun --nproc-per-node 2 examples/shapes/train.py model ...
 """
@@ -61,6 +62,7 @@ STAGES = (
     dataclasses.replace(FIRST, steps=3000, lr=1.6e-3, warmup=50, min_lr=0.01),
     dataclasses.replace(FIRST, steps=1040, lr=1e-3, warmup=30, min_lr=0.01),
     dataclasses.replace(FIRST, steps=4600, lr=1.8e-3, warmup=50, min_lr=0.01),
+    dataclasses.replace(FIRST, steps=1150, lr=1e-3, warmup=30, min_lr=0.01),
 )
 
 

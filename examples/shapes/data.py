@@ -26,7 +26,6 @@ WEIGHTS = (
     {"t2i1": 2, "t2i2": 16, "t2i3": 14, "caption": 6, "qa": 14, "edit": 34, "think": 5, "frames": 18},
     {"t2i1": 2, "t2i2": 16, "t2i3": 14, "caption": 4, "qa": 14, "edit": 40, "think": 4, "frames": 24},
     {"t2i1": 2, "t2i2": 6, "t2i3": 8, "caption": 8, "qa": 14, "edit": 64, "think": 4, "frames": 22},
-    {"t2i1": 1, "t2i2": 4, "t2i3": 4, "caption": 5, "qa": 9, "edit": 70, "think": 2, "frames": 24},
 )
 """How often each task is drawn, stage by stage: first mostly drawing, then mostly seeing, then what takes longest."""
 DROPPED = {"t2i1": 0.1, "t2i2": 0.1, "t2i3": 0.1, "think": 0.15, "edit": 0.4, "frames": 0.5}
@@ -38,8 +37,6 @@ PICTURES_DROPPED = 0.1
 """How often all pictures to edit or to continue are left out."""
 WORDINGS = {"full": 2, "brief": 2, "relation": 6, "count": 4}
 """How often a caption is worded so: those that leave open what stands where take longer to learn."""
-CHANGES = {"recolor": 3, "move": 3, "background": 3, "add": 1, "remove": 1}
-"""How often each change is asked for: adding and removing are learned first."""
 TOPICS = {"yes_no": 6, "kind": 4, "place": 3, "count": 3, "color": 2, "size": 2, "background": 1}
 """How often each topic is asked about."""
 TARGETS = 4
@@ -64,10 +61,10 @@ class Shapes:
 
     def example(self, rng: random.Random) -> Example:
         """Return one random example, its pictures drawn."""
-        detail, likely = None, CHANGES if self.task == "edit" else WORDINGS
-        if self.task == "edit" or self.task.startswith("t2i"):
-            fitting = DETAILS[self.task]
-            (detail,) = rng.choices(fitting, [likely[name] for name in fitting])
+        detail = None
+        if self.task.startswith("t2i"):
+            wordings = DETAILS[self.task]
+            (detail,) = rng.choices(wordings, [WORDINGS[name] for name in wordings])
         return sample(rng, "video" if self.task == "frames" else self.task, side=self.side, detail=detail)
 
     def items(self, example: Example, rng: random.Random) -> Sequence[Item]:

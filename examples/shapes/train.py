@@ -62,7 +62,6 @@ STAGES = (
     dataclasses.replace(FIRST, steps=3000, lr=1.6e-3, warmup=50, min_lr=0.01),
     dataclasses.replace(FIRST, steps=1040, lr=1e-3, warmup=30, min_lr=0.01),
     dataclasses.replace(FIRST, steps=4600, lr=1.8e-3, warmup=50, min_lr=0.01),
-    dataclasses.replace(FIRST, steps=1150, lr=1e-3, warmup=30, min_lr=0.01),
 )
 
 
@@ -177,7 +176,7 @@ def main() -> None:
     command.add_argument("--start", type=Path, required=True)
     command.add_argument("--vae", type=Path, required=True)
     command.add_argument("--out", type=Path, required=True)
-    command.add_argument("--blocks", type=int, default=160, help="files of a thousand examples")
+    command.add_argument("--blocks", type=int, default=200, help="files of a thousand examples")
     command = commands.add_parser("export")
     command.add_argument("--run", type=Path, required=True)
     command.add_argument("--to", type=Path, required=True)

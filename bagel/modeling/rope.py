@@ -20,4 +20,4 @@ def rotary_table(positions: Tensor, *, head_dim: int, theta: float) -> Rotary:
 def rotate(x: Tensor, rotary: Rotary) -> Tensor:
     """Rotate heads x (T, heads, D) by the table of their positions; computed in the type of `x`."""
     cos, sin = rotary
-    return torch.addcmul(x * cos, x.roll(x.shape[-1] // 2, dims=-1), sin)
+    return x * cos + x.roll(x.shape[-1] // 2, dims=-1) * sin

@@ -29,7 +29,7 @@ PROMPTS = (
     "a green diamond above an orange square on a white background",
     "three blue stars on a beige background",
 )
-QUESTIONS = ("how big is the circle?", "what color is the diamond?", "how many stars are there?")
+QUESTIONS = ("how big is the circle?", "what color is the diamond?", "what color is the background?")
 EDITS = ("add a small yellow star at the top right", "make the background white")
 RIDDLE = "a large circle of the color of grass in the center on a background of the color of snow"
 MOTION = Motion(

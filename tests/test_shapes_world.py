@@ -10,7 +10,7 @@ import pytest
 
 from bagel.evaluation.edits import CHANGES
 from bagel.evaluation.language import WORDINGS, WORDS, caption, full_caption, parse_caption, plain, relation_words
-from bagel.evaluation.motion import FRAMES, random_motion
+from bagel.evaluation.motion import CELL, DIRECTIONS, FRAMES, SPEEDS, random_motion
 from bagel.evaluation.plans import CLEAR
 from bagel.evaluation.questions import TOPICS, ask, refer
 from bagel.evaluation.render import OUTLINES, coverage, render, unit_area
@@ -396,6 +396,18 @@ def test_plan_of_an_indirect_prompt_hides_the_answer():
         if len(example.scenes[0].objects) == 1:
             plain = example.inputs[0].replace("light green background", "").replace("light blue background", "")
             assert not any(color in plain.split() for _, color in answers)
+
+
+def test_motions_keep_to_the_grid_at_both_speeds_in_their_direction():
+    rng, speeds = random.Random(4), set()
+    for _ in range(200):
+        motion = random_motion(rng)
+        cells = np.array(motion.centers()) / CELL
+        np.testing.assert_allclose(cells, cells.round(), atol=1e-9)
+        speed = np.abs(motion.velocity).max() / CELL
+        np.testing.assert_allclose(np.array(motion.velocity) / CELL / speed, DIRECTIONS[motion.direction])
+        speeds.add(speed)
+    assert speeds == set(SPEEDS)
 
 
 def test_motion_is_straight_even_and_inside_the_picture():

@@ -34,6 +34,7 @@ DETAILS = {
 }
 
 INSTRUCTIONS_DRAWN = 40
+"""Edits drawn at most to find one that does the same in other words."""
 
 Part = str | Image.Image
 

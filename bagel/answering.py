@@ -9,6 +9,7 @@ import torch
 
 from bagel.inputs import Job, Parts
 from bagel.modeling import Context
+from bagel.modeling.decoding import DecodeStep, affordable, capacity_for
 from bagel.sampling import TextSampling, discard_draw, next_tokens
 from bagel.tokenizer import TextStream
 
@@ -55,23 +56,30 @@ def decode(
     at_a_time = look_every or (1 if model.device.type == "cpu" else LOOK_EVERY)
     answers = [Answer() for _ in contexts]
     forks = [context.fork() for context in contexts]
-    for fork in forks:
-        fork.cache.reserve(tokens=fork.length + max_new_tokens)
+    graph = _graph(parts, forks, max_new_tokens)
+    if graph is None:
+        for fork in forks:
+            fork.cache.reserve(tokens=fork.length + max_new_tokens)
     ids = torch.full((len(answers),), parts.tokenizer.bos_id, device=model.device)
     active = list(range(len(answers)))
-    left = max_new_tokens
-    while active:
+    left, unused = max_new_tokens, torch.Generator()
+    while not all(answer.finish_reason for answer in answers):
         count = min(at_a_time, left)
         left -= count
-        own = [generators[i] for i in active]
+        own = [unused if answers[i].finish_reason else generators[i] for i in active]
         rows, states, vocab_size = [], [], 0
         for _ in range(count):
-            logits = model.decode(ids, [forks[i] for i in active], attention=parts.attention)
+            if graph is None:
+                logits = model.decode(ids, [forks[i] for i in active], attention=parts.attention)
+            else:
+                logits = graph(ids)
             ids, vocab_size = next_tokens(logits, sampling, own), logits.shape[-1]
             rows.append(ids)
             states.append([generator.get_state() for generator in own] if not sampling.greedy else [])
         columns = zip(*torch.stack(rows).tolist(), strict=True)  # here the device is waited for
         for place, (i, tokens) in enumerate(zip(active, columns, strict=True)):
+            if answers[i].finish_reason:  # a graph goes on with every text until all are finished
+                continue
             taken = _take(answers[i], tokens, eos=eos, limit=max_new_tokens)
             if answers[i].finish_reason and not sampling.greedy:
                 generators[i].set_state(states[taken - 1][place])
@@ -79,8 +87,24 @@ def decode(
                 discard_draw(vocab_size, sampling, generators[i])
         yield answers
         places = [place for place, i in enumerate(active) if not answers[i].finish_reason]
-        if len(places) < len(active):
+        if graph is None and len(places) < len(active):
             ids, active = ids[places], [active[place] for place in places]
+
+
+def _graph(parts: Parts, contexts: Sequence[Context], max_new_tokens: int) -> DecodeStep | None:
+    """Return a step that goes on from contexts where one is worth its capture: on a GPU, for more than a few tokens."""
+    model, tokens = parts.model, max(context.length for context in contexts) + max_new_tokens
+    if model.device.type != "cuda" or max_new_tokens <= LOOK_EVERY:
+        return None
+    if not parts.decode_steps or not parts.decode_steps[0].fits(model, len(contexts), tokens):
+        parts.decode_steps.clear()  # one at a time: its caches take memory
+        capacity = capacity_for(tokens)
+        if not affordable(model, len(contexts), capacity):
+            return None
+        parts.decode_steps.append(DecodeStep(model, len(contexts), capacity))
+    (step,) = parts.decode_steps
+    step.begin(contexts)
+    return step
 
 
 def _take(answer: Answer, tokens: Sequence[int], *, eos: int, limit: int) -> int:

@@ -5,11 +5,27 @@ Shapes: `Tq` queries, `Tk` keys, `Hq` query heads, `Hkv` key/value heads (`Hq` a
 
 from __future__ import annotations
 
+import importlib.util
+from contextlib import nullcontext
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
-BACKENDS = ("sdpa", "flash", "reference")
+from bagel.kernels import fused
+
+BACKENDS = ("auto", "sdpa", "fa3", "flash", "reference")
+HOPPER = 9
+"""Major CUDA compute capability of the GPUs that FlashAttention 3 is written for."""
+PICTURE_SIZED = 2**20
+"""Queries times keys from which cuDNN's kernel is worth the planning that it needs for each new shape."""
+KERNELS = [
+    SDPBackend.CUDNN_ATTENTION,
+    SDPBackend.FLASH_ATTENTION,
+    SDPBackend.EFFICIENT_ATTENTION,
+    SDPBackend.MATH,
+]
 
 
 def check_backend(name: str) -> str:
@@ -18,7 +34,22 @@ def check_backend(name: str) -> str:
         raise _unknown(name)
     if name == "flash":
         _flash_attn_func()
+    elif name == "fa3":
+        _fa3_func()
     return name
+
+
+def choose_backend(name: str, *, device: torch.device, dtype: torch.dtype) -> str:
+    """Return the backend that a name stands for: "auto" is the fastest that runs on a device in a type.
+
+    Raises:
+        ValueError: an unknown name.
+        ImportError: one whose package is not installed.
+    """
+    if check_backend(name) != "auto":
+        return name
+    hopper = device.type == "cuda" and torch.cuda.get_device_capability(device)[0] == HOPPER
+    return "fa3" if hopper and dtype == torch.bfloat16 and importlib.util.find_spec("fa3_fwd_interface") else "sdpa"
 
 
 def _unknown(name: str) -> ValueError:
@@ -42,22 +73,52 @@ def attention(
         v: values (Tk, Hkv, D).
         causal: query i sees keys 0 to Tk - Tq + i: the last query sees all (aligned at the lower right).
         mask: instead of `causal`, bool (Tq, Tk), true where the query may look.
-        backend: "sdpa" (torch, any device), "flash" (package flash-attn, CUDA, no mask), "reference" (float64).
+        backend: "sdpa" (torch, any device), "fa3" (package fa3-fwd, Hopper GPUs, bfloat16, without gradients;
+            what it lacks goes to "sdpa"), "flash" (package flash-attn, CUDA, no mask), "reference" (float64).
 
     Returns:
         (Tq, Hq, D) in the type of `q`.
 
     Raises:
-        ValueError: an unknown backend, or both rules at once, or a mask for a backend that has none.
-        ImportError: "flash" without the package.
+        ValueError: an unknown backend, or both rules at once, or a mask for "flash".
+        ImportError: "fa3" or "flash" without the package.
     """
     if causal and mask is not None:
         raise ValueError("attention takes causal=True or a mask, not both")
     causal = causal and q.shape[0] > 1  # a single query at the end sees everything
-    run = {"sdpa": _sdpa, "flash": _flash, "reference": _reference}.get(backend)
+    run = {"sdpa": _sdpa, "fa3": _flash_3, "flash": _flash, "reference": _reference}.get(backend)
     if run is None:
         raise _unknown(backend)
     return run(q, k, v, causal, mask)
+
+
+def attend_appended(q: Tensor, k: Tensor, v: Tensor, keys: Tensor, values: Tensor, lengths: Tensor) -> Tensor:
+    """Append one token to each of B texts and attend from it to its text; nothing is read from the device.
+
+    Args:
+        q: queries (B, Hq, D).
+        k: new keys (B, Hkv, D).
+        v: new values (B, Hkv, D).
+        keys: of the texts (B, capacity, Hkv, D); `k` is written behind each.
+        values: as keys.
+        lengths: tokens of each text before (B,) int32; less than the capacity.
+
+    Returns:
+        (B, Hq, D) in the type of `q`.
+    """
+    if (kernels := fused(q)) and kernels.can_attend(q):
+        return kernels.attend_appended(q, k, v, keys, values, lengths)
+    rows, last = torch.arange(q.shape[0], device=q.device), lengths.long()
+    keys[rows, last], values[rows, last] = k, v
+    seen = torch.arange(keys.shape[1], device=q.device) <= last[:, None]  # (B, capacity)
+    # The queries of a key head are the rows of one matrix: no key has to be repeated for them.
+    out = F.scaled_dot_product_attention(
+        q.unflatten(1, (keys.shape[2], -1)),
+        keys.transpose(1, 2),
+        values.transpose(1, 2),
+        attn_mask=seen[:, None, None].expand(-1, 1, q.shape[1] // keys.shape[2], -1),
+    )
+    return out.flatten(1, 2)
 
 
 def lower_right_causal(queries: int, keys: int, device: torch.device) -> Tensor:
@@ -69,11 +130,30 @@ def _sdpa(q: Tensor, k: Tensor, v: Tensor, causal: bool, mask: Tensor | None) ->
     square = q.shape[0] == k.shape[0]
     if causal and not square:  # torch's is_causal is aligned at the upper left
         mask = lower_right_causal(q.shape[0], k.shape[0], q.device)
+    large = q.is_cuda and mask is None and q.shape[0] * k.shape[0] >= PICTURE_SIZED
     q, k, v = (x.transpose(0, 1).unsqueeze(0) for x in (q, k, v))  # (1, H, T, D)
-    out = F.scaled_dot_product_attention(
-        q, k, v, attn_mask=mask, is_causal=causal and square, enable_gqa=q.shape[1] != k.shape[1]
-    )
+    with sdpa_kernel(KERNELS, set_priority=True) if large else nullcontext():
+        out = F.scaled_dot_product_attention(
+            q, k, v, attn_mask=mask, is_causal=causal and square, enable_gqa=q.shape[1] != k.shape[1]
+        )
     return out.squeeze(0).transpose(0, 1)  # (Tq, Hq, D)
+
+
+def _fa3_func():
+    try:
+        from fa3_fwd_interface import flash_attn_func  # pyright: ignore[reportMissingImports]
+    except ImportError as error:
+        raise ImportError(
+            'attention="fa3" needs the package fa3-fwd and a Hopper GPU: pip install fa3-fwd, or use the default '
+            'attention="auto"'
+        ) from error
+    return flash_attn_func
+
+
+def _flash_3(q: Tensor, k: Tensor, v: Tensor, causal: bool, mask: Tensor | None) -> Tensor:
+    if mask is not None or q.dtype != torch.bfloat16:
+        return _sdpa(q, k, v, causal, mask)
+    return _fa3_func()(q[None], k[None], v[None], causal=causal)[0]
 
 
 def _flash_attn_func():

@@ -11,7 +11,7 @@ from PIL import Image
 from torch import Tensor
 
 from bagel.answering import TextWriter, decode_jobs, write_texts
-from bagel.attention import check_backend
+from bagel.attention import check_backend, choose_backend
 from bagel.contexts import Entry, prefill_all
 from bagel.drawing import draw
 from bagel.inputs import Input, Job, Parts, begin, check_inputs, check_texts, prepare, with_pictures
@@ -36,8 +36,11 @@ class BagelPipeline:
         attention: backend, see `bagel.attention`.
     """
 
-    def __init__(self, model: Bagel, vae: Autoencoder | None, tokenizer: Tokenizer, *, attention: str = "sdpa") -> None:
-        self.parts = Parts(model, vae, tokenizer, check_backend(attention))
+    def __init__(self, model: Bagel, vae: Autoencoder | None, tokenizer: Tokenizer, *, attention: str = "auto") -> None:
+        backend = choose_backend(attention, device=model.device, dtype=model.dtype)
+        if vae is not None and model.device.type == "cuda":
+            vae.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
+        self.parts = Parts(model, vae, tokenizer, backend)
 
     @classmethod
     def from_pretrained(
@@ -46,7 +49,7 @@ class BagelPipeline:
         *,
         device: torch.device | str | None = None,
         dtype: torch.dtype | str | None = None,
-        attention: str = "sdpa",
+        attention: str = "auto",
         vae_dtype: torch.dtype | str | None = None,
         base: str | Path | None = None,
         weights: str | None = None,
@@ -63,7 +66,8 @@ class BagelPipeline:
             source: a folder, or an id on the Hugging Face Hub such as "ByteDance-Seed/BAGEL-7B-MoT".
             device: where to; a CUDA GPU if there is one, else the CPU.
             dtype: of the model; bfloat16 on a GPU (float16 where it has none), float32 on a CPU.
-            attention: "sdpa", "flash" or "reference"; see `bagel.attention`.
+            attention: "auto", the fastest that runs here, or "sdpa", "fa3", "flash" or "reference"; see
+                `bagel.attention`.
             vae_dtype: of the autoencoder; bfloat16 with a bfloat16 model on a GPU, else float32.
             base: another folder or id for what the source lacks: configurations, tokenizer, autoencoder.
             weights: the weights' file, where a folder holds several.

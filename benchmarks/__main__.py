@@ -47,7 +47,7 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--jobs", nargs="+", choices=JOBS, metavar="JOB", default=list(JOBS), help="default: all")
     parser.add_argument("--device", help="cpu or cuda; default: a GPU if there is one")
     parser.add_argument("--dtype", choices=DTYPES, help="default: bfloat16 on a GPU, float32 on a CPU")
-    parser.add_argument("--attention", choices=BACKENDS, default="sdpa", help="attention backend (default sdpa)")
+    parser.add_argument("--attention", choices=BACKENDS, default="auto", help="attention backend (default auto)")
     parser.add_argument("--taylorseer", action="store_true", help="predict most evaluations of drawings: lossy")
     parser.add_argument("--float8", action="store_true", help="round the experts to 8-bit floats: lossy")
     parser.add_argument("--compile", action="store_true", help="compile the pipeline first")
@@ -134,7 +134,7 @@ def describe(args: argparse.Namespace, pipe: BagelPipeline) -> dict[str, Any]:
         "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
         "model": "random 7B" if args.random_7b else str(args.model),
         "dtype": str(pipe.dtype).removeprefix("torch."),
-        "attention": args.attention,
+        "attention": pipe.parts.attention,
         "taylorseer": args.taylorseer,
         "float8": args.float8,
         "compile": args.compile,

@@ -33,7 +33,7 @@ def random_pipeline(
     *,
     device: torch.device | str | None = None,
     dtype: torch.dtype | str | None = None,
-    attention: str = "sdpa",
+    attention: str = "auto",
     tokenizer: Path = CHECKPOINT,
 ) -> BagelPipeline:
     """Return a pipeline with random weights made where they are used, without files.

@@ -118,9 +118,9 @@ def test_both_rules_at_once_are_refused():
 
 
 def test_an_unknown_backend_is_refused_with_the_names_of_all():
-    with pytest.raises(ValueError, match="one of sdpa, flash, reference, got 'xformers'"):
+    with pytest.raises(ValueError, match="one of auto, sdpa, fa3, flash, reference, got 'xformers'"):
         attention(*heads(2, 2), backend="xformers")
-    with pytest.raises(ValueError, match="one of sdpa, flash, reference, got 'xformers'"):
+    with pytest.raises(ValueError, match="one of auto, sdpa, fa3, flash, reference, got 'xformers'"):
         check_backend("xformers")
 
 

@@ -64,7 +64,7 @@ def test_text_dropped_is_a_view_and_never_a_copy(names):
     assert contexts.text_dropped.cache is contexts.full.cache
     assert contexts.text_dropped.length <= contexts.full.length
     x = torch.zeros(1, 2, 8)
-    views = [c.extended(0, x, x, "tail")[0].data_ptr() for c in (contexts.full.fork(), contexts.text_dropped)]
+    views = [c.extended(0, [x], [x], "tail")[0].data_ptr() for c in (contexts.full.fork(), contexts.text_dropped)]
     assert views[0] == views[1]
 
 

@@ -15,6 +15,7 @@ ORDER = (
     "config",
     "tokenizer",
     "image",
+    "kernels",
     "attention",
     "packing",
     "vit",

@@ -228,13 +228,13 @@ def numbered(*numbers: int) -> Tensor:
 def test_cache_lays_out_headroom_context_and_tail():
     cache = KVCache(small_config().llm_config, device="cpu", dtype=torch.float32, capacity=3, headroom=2)
     context = Context(cache)
-    context.extended(1, numbered(1, 2), numbered(-1, -2), "tail")
+    context.extended(1, [numbered(1), numbered(2)], [numbered(-1), numbered(-2)], "tail")
     context.length = 2
-    keys, values = context.extended(1, numbered(3), numbered(-3), "tail")
+    keys, values = context.extended(1, [numbered(3)], [numbered(-3)], "tail")
     assert keys[:, 0, 0].tolist() == [1, 2, 3]
     assert values[:, 1, 7].tolist() == [-1, -2, -3]
     prefix = Context(cache, length=1)
-    keys, values = prefix.extended(1, numbered(8, 9), numbered(-8, -9), "headroom")
+    keys, values = prefix.extended(1, [numbered(8, 9)], [numbered(-8, -9)], "headroom")
     assert keys[:, 0, 0].tolist() == [8, 9, 1]
     assert values[:, 0, 0].tolist() == [-8, -9, -1]
     assert cache.keys[1, :, 0, 0].tolist() == [8, 9, 1, 2, 3]
@@ -247,7 +247,7 @@ def test_cache_lays_out_headroom_context_and_tail():
 def test_reserving_keeps_what_is_held_and_at_least_doubles(reserve, capacity, headroom):
     cache = KVCache(small_config().llm_config, device="cpu", dtype=torch.float32, capacity=3, headroom=1)
     context = Context(cache)
-    context.extended(2, numbered(1, 2, 3), numbered(4, 5, 6), "tail")
+    context.extended(2, [numbered(1, 2, 3)], [numbered(4, 5, 6)], "tail")
     cache.reserve(**reserve)
     assert (cache.capacity, cache.headroom) == (capacity, headroom)
     held = slice(cache.headroom, cache.headroom + 3)

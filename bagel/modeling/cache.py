@@ -8,6 +8,7 @@ to full attention, so [block | prefix] is one contiguous view and a prefix never
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -84,13 +85,25 @@ class Context:
         """Whether both views hold the very same tokens."""
         return self.cache is other.cache and self.length == other.length
 
-    def extended(self, layer: int, keys: Tensor, values: Tensor, place: Place) -> tuple[Tensor, Tensor]:
-        """Write a block's keys and values (n, Hkv, D) and return those of context and block, (length + n, Hkv, D)."""
-        cache, count = self.cache, keys.shape[0]
+    def extended(
+        self, layer: int, keys: Sequence[Tensor], values: Sequence[Tensor], place: Place
+    ) -> tuple[Tensor, Tensor]:
+        """Write a block's keys and values and return those of context and block, (length + n, Hkv, D).
+
+        Args:
+            layer: whose they are.
+            keys: in pieces that follow one another, (n, Hkv, D) in all.
+            values: as keys.
+            place: where the block stands.
+        """
+        cache, count = self.cache, sum(piece.shape[0] for piece in keys)
         start = cache.headroom
         stop = start + self.length
         block = slice(stop, stop + count) if place == "tail" else slice(start - count, start)
-        cache.keys[layer, block] = keys
-        cache.values[layer, block] = values
+        at = block.start
+        for key, value in zip(keys, values, strict=True):
+            cache.keys[layer, at : at + key.shape[0]] = key
+            cache.values[layer, at : at + key.shape[0]] = value
+            at += key.shape[0]
         seen = slice(min(start, block.start), max(stop, block.stop))
         return cache.keys[layer, seen], cache.values[layer, seen]

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import ScalingType, scaled_mm
 
+from bagel.kernels import fused
 from bagel.modeling.bagel import Bagel, MissingHalfError
 from bagel.modeling.mot import DecoderLayer
 
@@ -39,7 +40,9 @@ class Float8Linear(nn.Module):
         self.bias = linear.bias
 
     def forward(self, x: Tensor) -> Tensor:
-        """Map x (T, in) to (T, out) of its type."""
+        """Map x (T, in) to (T, out) of its type; a single token on a GPU is not rounded itself."""
+        if x.shape[0] == 1 and (kernels := fused(x)):
+            return kernels.matrix_times_vector(x, self.weight, scale=self.scale, plus=self.bias)
         rows, scale = rounded(x)
         kind = ScalingType.RowWise
         out = scaled_mm(rows, self.weight.t(), scale, kind, self.scale.t(), kind, output_dtype=torch.bfloat16)
@@ -49,6 +52,8 @@ class Float8Linear(nn.Module):
 
 def rounded(x: Tensor) -> tuple[Tensor, Tensor]:
     """Return x (n, k) in 8 bits and the float32 scales (n, 1) of its rows."""
+    if kernels := fused(x):
+        return kernels.round_rows(x, largest=LARGEST, tiny=TINY, dtype=FORMAT)
     exact = x.float()
     scale = (exact.abs().amax(-1, keepdim=True) / LARGEST).clamp(min=TINY)
     return (exact / scale).to(FORMAT), scale

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from bagel.config import DecoderConfig
+from bagel.kernels import fused
 from bagel.modeling.rope import Rotary, rotate
 
 Heads = tuple[Tensor, Tensor, Tensor]
@@ -26,7 +27,19 @@ class RMSNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Normalise the last axis of x (..., size)."""
+        if x.dtype == self.weight.dtype and (kernels := fused(x)):
+            return kernels.rms_norm(x, self.weight, eps=self.eps)
         return self.weight * F.rms_norm(x, self.weight.shape, eps=self.eps)
+
+
+class Linear(nn.Linear):
+    """A linear layer that reads its weight as fast as memory allows for a single token too, as in decoding."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map x (T, in) to (T, out)."""
+        if x.shape[0] == 1 and x.dtype == torch.bfloat16 and (kernels := fused(x)):
+            return kernels.matrix_times_vector(x, self.weight, plus=self.bias)
+        return super().forward(x)
 
 
 class Attention(nn.Module):
@@ -35,9 +48,9 @@ class Attention(nn.Module):
     def __init__(self, config: DecoderConfig) -> None:
         super().__init__()
         self.heads, self.kv_heads = config.num_attention_heads, config.num_key_value_heads
-        self.head_dim = config.head_dim
-        self.qkv_proj = nn.Linear(config.hidden_size, (self.heads + 2 * self.kv_heads) * self.head_dim)
-        self.o_proj = nn.Linear(self.heads * self.head_dim, config.hidden_size, bias=False)
+        self.head_dim, self.eps = config.head_dim, config.rms_norm_eps
+        self.qkv_proj = Linear(config.hidden_size, (self.heads + 2 * self.kv_heads) * self.head_dim)
+        self.o_proj = Linear(self.heads * self.head_dim, config.hidden_size, bias=False)
         self.q_norm = RMSNorm(self.head_dim, eps=config.rms_norm_eps) if config.qk_norm else None
         self.k_norm = RMSNorm(self.head_dim, eps=config.rms_norm_eps) if config.qk_norm else None
 
@@ -46,6 +59,9 @@ class Attention(nn.Module):
         qkv = self.qkv_proj(x).unflatten(-1, (-1, self.head_dim))
         qk, v = qkv.split([self.heads + self.kv_heads, self.kv_heads], dim=-2)
         # Queries and keys at once; norm and rotation in float32, rounded once just before attention.
+        if kernels := fused(x):
+            normed = None if self.q_norm is None or self.k_norm is None else (self.q_norm.weight, self.k_norm.weight)
+            return *kernels.norm_rotate(qk, normed, rotary, q_heads=self.heads, eps=self.eps), v
         q, k = rotate(self._norm(qk.float()), rotary).to(v.dtype).split([self.heads, self.kv_heads], dim=-2)
         return q, k, v
 
@@ -54,7 +70,7 @@ class Attention(nn.Module):
         if self.q_norm is None or self.k_norm is None:
             return qk
         weights = [self.q_norm.weight.expand(self.heads, -1), self.k_norm.weight.expand(self.kv_heads, -1)]
-        return torch.cat(weights) * F.rms_norm(qk, (self.head_dim,), eps=self.q_norm.eps)
+        return torch.cat(weights) * F.rms_norm(qk, (self.head_dim,), eps=self.eps)
 
     def no_heads(self, *, like: Tensor) -> Heads:
         """Return the heads of no tokens, of the type and on the device of `like`."""
@@ -67,12 +83,15 @@ class MLP(nn.Module):
 
     def __init__(self, config: DecoderConfig) -> None:
         super().__init__()
-        self.gate_up_proj = nn.Linear(config.hidden_size, 2 * config.intermediate_size, bias=False)
-        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
+        self.gate_up_proj = Linear(config.hidden_size, 2 * config.intermediate_size, bias=False)
+        self.down_proj = Linear(config.intermediate_size, config.hidden_size, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
         """Map tokens (T, H) to (T, H); float32 out of a float16 model, else the type of x."""
-        gate, up = self.gate_up_proj(x).chunk(2, dim=-1)
+        gate_up = self.gate_up_proj(x)
+        if x.dtype != torch.float16 and (kernels := fused(x)):
+            return self.down_proj(kernels.silu_mul(gate_up))
+        gate, up = gate_up.chunk(2, dim=-1)
         if x.dtype != torch.float16:
             return self.down_proj(F.silu(gate) * up)
         # A few channels of this product exceed float16's 65504 in Qwen2.5: scale each token into [-1, 1] and back.

@@ -59,10 +59,11 @@ class AttentionPlan:
     def remember(self, layer: int, und: Heads, gen: Heads) -> Iterator[Heads]:
         """Write keys and values into the contexts; yield each sequence's queries, and all keys and values it sees."""
         for sequence in self.sequences:
-            q, k, v = (_join(a[sequence.und], b[sequence.gen]) for a, b in zip(und, gen, strict=True))
-            if sequence.context is not None:
-                k, v = sequence.context.extended(layer, k, v, sequence.place)
-            yield q, k, v
+            q, k, v = ((a[sequence.und], b[sequence.gen]) for a, b in zip(und, gen, strict=True))
+            if sequence.context is None:
+                yield _join(*q), _join(*k), _join(*v)
+            else:
+                yield _join(*q), *sequence.context.extended(layer, k, v, sequence.place)
 
 
 def plan_packed(

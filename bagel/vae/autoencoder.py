@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from bagel.config import VAEConfig
-from bagel.vae.blocks import DownLevel, Middle, UpLevel, group_norm
+from bagel.vae.blocks import DownLevel, Middle, UpLevel, group_norm, norm_silu
 
 
 class Autoencoder(nn.Module):
@@ -91,7 +90,7 @@ class Encoder(nn.Module):
         x = self.conv_in(x)
         for level in self.down:
             x = level(x)
-        return self.conv_out(F.silu(self.norm_out(self.mid(x))))
+        return self.conv_out(norm_silu(self.norm_out, self.mid(x)))
 
 
 class Decoder(nn.Module):
@@ -115,7 +114,7 @@ class Decoder(nn.Module):
         x = self.mid(self.conv_in(x))
         for level in reversed(self.up):
             x = level(x)
-        return self.conv_out(F.silu(self.norm_out(x)))
+        return self.conv_out(norm_silu(self.norm_out, x))
 
 
 def at_least_float32(x: Tensor) -> Tensor:

@@ -5,14 +5,24 @@ Every block keeps the memory format it is given, so that channels-last weights a
 
 from __future__ import annotations
 
+import torch
 import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
+
+from bagel.kernels import fused
 
 
 def group_norm(channels: int) -> nn.GroupNorm:
     """Return the normalisation used everywhere: 32 groups, eps 1e-6."""
     return nn.GroupNorm(32, channels, eps=1e-6)
+
+
+def norm_silu(norm: nn.GroupNorm, x: Tensor) -> Tensor:
+    """Return silu of the norm of x (B, C, H, W)."""
+    if x.dtype != torch.float32 and (kernels := fused(x)):
+        return kernels.group_norm(x, norm.weight, norm.bias, groups=norm.num_groups, eps=norm.eps, silu=True)
+    return F.silu(norm(x))
 
 
 class ResidualBlock(nn.Module):
@@ -29,8 +39,8 @@ class ResidualBlock(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Return the block's output."""
-        h = self.conv1(F.silu(self.norm1(x)))
-        h = self.conv2(F.silu(self.norm2(h)))
+        h = self.conv1(norm_silu(self.norm1, x))
+        h = self.conv2(norm_silu(self.norm2, h))
         return self.nin_shortcut(x) + h
 
 
@@ -81,6 +91,13 @@ class Downsample(nn.Module):
         return self.conv(F.pad(x, (0, 1, 0, 1)))
 
 
+def doubled(x: Tensor) -> Tensor:
+    """Return x (B, C, H, W) with each pixel four times, (B, C, 2H, 2W)."""
+    if kernels := fused(x):
+        return kernels.doubled(x)
+    return F.interpolate(x, scale_factor=2, mode="nearest")
+
+
 class Upsample(nn.Module):
     """Double both sides: (B, C, H, W) -> (B, C, 2H, 2W)."""
 
@@ -90,7 +107,7 @@ class Upsample(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Return the larger picture: each pixel four times, then a convolution."""
-        return self.conv(F.interpolate(x, scale_factor=2, mode="nearest"))
+        return self.conv(doubled(x))
 
 
 class DownLevel(nn.Module):

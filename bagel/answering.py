@@ -9,7 +9,7 @@ import torch
 
 from bagel.inputs import Job, Parts
 from bagel.modeling import Context
-from bagel.modeling.decoding import DecodeStep, affordable, capacity_for
+from bagel.modeling.decoding import DecodeStep, affordable, can_capture, capacity_for
 from bagel.sampling import TextSampling, discard_draw, next_tokens
 from bagel.tokenizer import TextStream
 
@@ -94,7 +94,7 @@ def decode(
 def _graph(parts: Parts, contexts: Sequence[Context], max_new_tokens: int) -> DecodeStep | None:
     """Return a step that goes on from contexts where one is worth its capture: on a GPU, for more than a few tokens."""
     model, tokens = parts.model, max(context.length for context in contexts) + max_new_tokens
-    if model.device.type != "cuda" or max_new_tokens <= LOOK_EVERY:
+    if max_new_tokens <= LOOK_EVERY or not can_capture(model):
         return None
     if not parts.decode_steps or not parts.decode_steps[0].fits(model, len(contexts), tokens):
         parts.decode_steps.clear()  # one at a time: its caches take memory

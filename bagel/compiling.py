@@ -9,7 +9,7 @@ from bagel.modeling.layers import Expert, compile_experts
 
 
 def compile_parts(parts: Parts, use: Callable[[], object], *, backend: str) -> None:
-    """Compile the experts and the autoencoder's decoder in place; see `BagelPipeline.compile`.
+    """Compile the experts in place; see `BagelPipeline.compile`.
 
     Args:
         parts: what to compile.
@@ -20,8 +20,6 @@ def compile_parts(parts: Parts, use: Callable[[], object], *, backend: str) -> N
         RuntimeError: it did not work. Whatever is raised, nothing is compiled then.
     """
     compile_experts(parts.model, backend=backend)
-    if parts.vae is not None:
-        parts.vae.decoder.compile(dynamic=True, backend=backend)
     try:
         use()
     except BaseException as error:
@@ -40,5 +38,3 @@ def _restore(parts: Parts) -> None:
         if isinstance(module, Expert):
             for name in ("heads", "finish"):
                 module.__dict__.pop(name, None)
-    if parts.vae is not None:
-        parts.vae.decoder._compiled_call_impl = None  # what nn.Module.compile sets

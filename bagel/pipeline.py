@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any, overload
 
@@ -66,9 +67,8 @@ class BagelPipeline:
             source: a folder, or an id on the Hugging Face Hub such as "ByteDance-Seed/BAGEL-7B-MoT".
             device: where to; a CUDA GPU if there is one, else the CPU.
             dtype: of the model; bfloat16 on a GPU (float16 where it has none), float32 on a CPU.
-            attention: "auto", the fastest that runs here, or "sdpa", "fa3", "flash" or "reference"; see
-                `bagel.attention`.
-            vae_dtype: of the autoencoder; bfloat16 with a bfloat16 model on a GPU, else float32.
+            attention: "auto" (the fastest here), "sdpa", "fa3", "flash" or "reference"; see `bagel.attention`.
+            vae_dtype: of the autoencoder; bfloat16 beside a bfloat16 model on a GPU, else float32.
             base: another folder or id for what the source lacks: configurations, tokenizer, autoencoder.
             weights: the weights' file, where a folder holds several.
             visual_gen: False leaves out the generating half, though it is there.
@@ -126,10 +126,10 @@ class BagelPipeline:
         return self.parts.model.dtype
 
     def compile(self, *, backend: str = "inductor") -> BagelPipeline:
-        """Compile the experts and the autoencoder's decoder in place, and return this pipeline.
+        """Compile the experts in place, and return this pipeline.
 
-        Results stay the same up to rounding. The time it takes is spent here, and less of it the next time, as torch
-        keeps what it compiled; afterwards prompts and pictures of any size run without compiling again.
+        Results stay the same up to rounding; prompts and pictures of any size then run without compiling again. The
+        kernels that a GPU uses without it were as fast where it was measured: see the README.
 
         Args:
             backend: of `torch.compile`.
@@ -143,7 +143,7 @@ class BagelPipeline:
         return self
 
     def _use_once(self) -> None:
-        """Read a text, decode from it, and draw a small picture; no square, lest a compiler take it that all are."""
+        """Read a text, decode, and draw a small picture; no square, lest a compiler take it that all are."""
         self.understand([], "a", max_new_tokens=2)
         if self.parts.vae is not None:
             step = self.parts.model.config.latent_downsample
@@ -152,9 +152,9 @@ class BagelPipeline:
     def use_float8(self, *, und: bool = False) -> BagelPipeline:
         """Round the gen experts to 8-bit floats in place, and return this pipeline: an approximation.
 
-        For GPUs that multiply such floats faster (compute capability 8.9 on); what is rounded takes half the memory of
-        bfloat16. A CPU computes the same, slowly. The und experts unless asked for, the first and the last layer, and
-        all around them stay as they are. The result cannot be exported. Round before `compile`.
+        For GPUs that multiply such floats faster (compute capability 8.9 on); what is rounded takes half the memory. A
+        CPU computes the same, slowly. The und experts unless asked for, the first and the last layer, and all around
+        them stay as they are. The result cannot be exported. Round before `compile`.
 
         Args:
             und: round the und experts too: faster answers, and changed ones.
@@ -398,9 +398,12 @@ class BagelPipeline:
             raise ValueError("there is nothing to do: the batch is empty")
         each = [given] if single else one_by_one(given, len(batch))
         options = [make_options(task, output, values, preset=preset) for values in each]
-        with explain_out_of_memory(f"working on {len(batch)} request(s)", way_out=LESS):
+        with self._current(), explain_out_of_memory(f"working on {len(batch)} request(s)", way_out=LESS):
             jobs = self._prepared(batch, options, output)
             return self._answer(jobs) if output == "text" else self._draw(jobs)
+
+    def _current(self) -> AbstractContextManager[object]:  # kernels and graphs are made for the current GPU
+        return torch.cuda.device(self.device) if self.device.type == "cuda" else nullcontext()
 
     @torch.inference_mode()
     def _prepared(self, batch: Sequence[Sequence[Input]], options: Sequence[Options], output: Output) -> list[Job]:
@@ -431,11 +434,9 @@ class BagelPipeline:
         ]
 
     def _draw(self, jobs: list[Job]) -> list[ImageResult]:
+        drawn = zip(jobs, self._drawn(jobs), strict=True)
         # Cloned outside inference mode, so that the latents may take part in a gradient computation.
-        return [
-            ImageResult(image, job.plan, latents.clone(), job.generator.initial_seed())
-            for job, (image, latents) in zip(jobs, self._drawn(jobs), strict=True)
-        ]
+        return [ImageResult(image, job.plan, x.clone(), job.generator.initial_seed()) for job, (image, x) in drawn]
 
     @torch.inference_mode()
     def _drawn(self, jobs: list[Job]) -> list[tuple[Image.Image, Tensor]]:
@@ -444,6 +445,6 @@ class BagelPipeline:
             plans = write_texts(self.parts, jobs, limit=options.max_think_tokens)
             for job, (text, _) in zip(jobs, plans, strict=True):
                 job.plan = text
-            # The plan is read again as an ordinary text; the ids that were decoded are not kept.
+            # The plan is read again as an ordinary text.
             self._prefill(jobs, [[Entry(self.parts.text(text), "plan")] for text, _ in plans])
         return draw(self.parts, jobs)

@@ -49,7 +49,13 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--dtype", choices=DTYPES, help="default: bfloat16 on a GPU, float32 on a CPU")
     parser.add_argument("--attention", choices=BACKENDS, default="auto", help="attention backend (default auto)")
     parser.add_argument("--taylorseer", action="store_true", help="predict most evaluations of drawings: lossy")
-    parser.add_argument("--float8", action="store_true", help="round the experts to 8-bit floats: lossy")
+    parser.add_argument(
+        "--float8",
+        nargs="?",
+        choices=("gen", "all"),
+        const="gen",
+        help="round the gen experts to 8-bit floats, or all of them: lossy",
+    )
     parser.add_argument("--compile", action="store_true", help="compile the pipeline first")
     parser.add_argument("--repeat", type=_positive, default=3, help="runs in a row, after the warm-up (default 3)")
     parser.add_argument("--quick", action="store_true", help="small sizes, to see that everything runs")
@@ -73,7 +79,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     machine = describe(args, pipe)
     print(_line(machine))
     if args.float8:
-        pipe.use_float8(und=True)
+        pipe.use_float8(und=args.float8 == "all")
         print(f"floors and shares are those of {machine['dtype']}, as if nothing were rounded")
     if args.compile:
         start = time.perf_counter()

@@ -175,10 +175,10 @@ def test_switches_are_used_and_written_down(tmp_path, monkeypatch):
     monkeypatch.setattr(BagelPipeline, "use_float8", lambda pipe, **given: used.append(given))
     monkeypatch.setattr(BagelPipeline, "compile", lambda pipe: used.append("compile"))
     command = ["--model", str(TINY), "--device", "cpu", "--quick", "--repeat", "1", "--jobs", "vae-decode-1024"]
-    main([*command, "--float8", "--compile", "--json", str(tmp_path / "result.json")])
+    main([*command, "--float8", "all", "--compile", "--json", str(tmp_path / "result.json")])
     machine = json.loads((tmp_path / "result.json").read_text())["machine"]
     assert used == [{"und": True}, "compile"]
-    assert machine["float8"]
+    assert machine["float8"] == "all"
     assert machine["compile_s"] >= 0
 
 

@@ -27,6 +27,12 @@ CHUNKS = 512
 """Parts of a picture that are summed by themselves, at most: a few for each processor of a large GPU."""
 
 
+def try_one() -> None:
+    """Build and run a kernel; what Triton raises where it cannot is not caught."""
+    one = torch.ones(1, 16, device="cuda")
+    rms_norm(one, one[0], eps=1e-6)
+
+
 def rms_norm(x: Tensor, weight: Tensor, *, eps: float) -> Tensor:
     """Return x (..., n) normed over its last axis, rounded to its type, and weighted by (n,) of the same type."""
     x = x.contiguous()
@@ -153,6 +159,38 @@ def _round_rows(x, out, scale, width, largest, tiny, BLOCK: tl.constexpr):
     unit = tl.maximum(tl.max(tl.abs(values), axis=0) / largest, tiny)
     tl.store(scale + row, unit)
     tl.store(out + row * width + column, (values / unit).to(out.dtype.element_ty), mask=inside)
+
+
+def silu_mul_round(gate_up: Tensor, *, largest: float, tiny: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Return what `round_rows` returns of `silu_mul`, whose result need not pass through memory."""
+    tokens, width = gate_up.shape[0], gate_up.shape[1] // 2
+    out = gate_up.new_empty(tokens, width, dtype=dtype)
+    scale = gate_up.new_empty(tokens, 1, dtype=torch.float32)
+    if tokens:
+        _silu_mul_round[(tokens,)](gate_up, out, scale, width, largest, tiny, BLOCK=4096, num_warps=16)
+    return out, scale
+
+
+@triton.jit
+def _silu_mul_round(x, out, scale, width, largest, tiny, BLOCK: tl.constexpr):
+    row = tl.program_id(0).to(tl.int64)
+    lane = tl.arange(0, BLOCK)
+    most = tl.zeros((BLOCK,), tl.float32)
+    for start in range(0, width, BLOCK):
+        most = tl.maximum(most, tl.abs(_gated(x + row * 2 * width, start + lane, width)))
+    unit = tl.maximum(tl.max(most, axis=0) / largest, tiny)
+    tl.store(scale + row, unit)
+    for start in range(0, width, BLOCK):  # the row is read again, but not from memory
+        values = _gated(x + row * 2 * width, start + lane, width) / unit
+        tl.store(out + row * width + start + lane, values.to(out.dtype.element_ty), mask=start + lane < width)
+
+
+@triton.jit
+def _gated(x, column, width):
+    gate = tl.load(x + column, mask=column < width, other=0.0).to(tl.float32)
+    up = tl.load(x + width + column, mask=column < width, other=0.0)
+    # Rounded as a product that is stored would be.
+    return (gate * tl.sigmoid(gate) * up.to(tl.float32)).to(up.dtype).to(tl.float32)
 
 
 def matrix_times_vector(
@@ -363,7 +401,8 @@ def doubled(x: Tensor) -> Tensor:
     """Return x (B, C, H, W) with each pixel four times, (B, C, 2H, 2W), channels last in memory."""
     x = x.contiguous(memory_format=torch.channels_last)
     batch, channels, height, width = x.shape
-    out = x.new_empty(batch, channels, 2 * height, 2 * width).contiguous(memory_format=torch.channels_last)
+    size = batch, channels, 2 * height, 2 * width
+    out = torch.empty(size, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
     wide = triton.next_power_of_2(channels)
     rows = max(1, TILE // wide)
     _doubled[(triton.cdiv(batch * height * width, rows),)](

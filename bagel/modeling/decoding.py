@@ -63,7 +63,7 @@ class DecodeStep:
         self.caches = FixedCaches(model, texts, capacity)
         self.ids = torch.zeros(texts, device=model.device, dtype=torch.long)
         self.positions = torch.zeros_like(self.ids)
-        self.graph = self._captured() if model.device.type == "cuda" else None
+        self.graph = self._captured() if can_capture(model) else None
 
     def fits(self, model: Bagel, texts: int, tokens: int) -> bool:
         """Whether this may be used again: for as many texts of so many tokens, and the same weights."""
@@ -108,6 +108,11 @@ class DecodeStep:
         with torch.cuda.graph(graph):
             self.logits = self._run()
         return graph
+
+
+def can_capture(model: Bagel) -> bool:
+    """Whether graphs can be made of a model: it is on the current GPU."""
+    return model.device.type == "cuda" and model.device.index == torch.cuda.current_device()
 
 
 def capacity_for(tokens: int) -> int:

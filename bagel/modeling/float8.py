@@ -12,6 +12,7 @@ from torch.nn.functional import ScalingType, scaled_mm
 
 from bagel.kernels import fused
 from bagel.modeling.bagel import Bagel, MissingHalfError
+from bagel.modeling.layers import gated
 from bagel.modeling.mot import DecoderLayer
 
 FORMAT = torch.float8_e4m3fn
@@ -43,11 +44,29 @@ class Float8Linear(nn.Module):
         """Map x (T, in) to (T, out) of its type; a single token on a GPU is not rounded itself."""
         if x.shape[0] == 1 and (kernels := fused(x)):
             return kernels.matrix_times_vector(x, self.weight, scale=self.scale, plus=self.bias)
-        rows, scale = rounded(x)
+        return self._product(*rounded(x), x.dtype)
+
+    def of_gated(self, gate_up: Tensor) -> Tensor:
+        """Map silu(gate) * up of gate and up side by side (T, 2 in) to (T, out)."""
+        if gate_up.shape[0] > 1 and (kernels := fused(gate_up)):
+            rows, scale = kernels.silu_mul_round(gate_up, largest=LARGEST, tiny=TINY, dtype=FORMAT)
+            return self._product(rows, scale, gate_up.dtype)
+        return self(gated(gate_up))
+
+    def _product(self, rows: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
         kind = ScalingType.RowWise
-        out = scaled_mm(rows, self.weight.t(), scale, kind, self.scale.t(), kind, output_dtype=torch.bfloat16)
-        out = out.to(x.dtype)
-        return out if self.bias is None else out + self.bias
+        out = scaled_mm(
+            rows,
+            self.weight.t(),
+            scale,
+            kind,
+            self.scale.t(),
+            kind,
+            bias=None if self.bias is None else self.bias.to(torch.bfloat16),
+            output_dtype=torch.bfloat16,
+            use_fast_accum=True,
+        )
+        return out.to(dtype)
 
 
 def rounded(x: Tensor) -> tuple[Tensor, Tensor]:

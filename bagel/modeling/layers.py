@@ -41,6 +41,18 @@ class Linear(nn.Linear):
             return kernels.matrix_times_vector(x, self.weight, plus=self.bias)
         return super().forward(x)
 
+    def of_gated(self, gate_up: Tensor) -> Tensor:
+        """Map silu(gate) * up of gate and up side by side (T, 2 in) to (T, out)."""
+        return self(gated(gate_up))
+
+
+def gated(gate_up: Tensor) -> Tensor:
+    """Return silu(gate) * up (T, n) of gate and up side by side (T, 2n)."""
+    if kernels := fused(gate_up):
+        return kernels.silu_mul(gate_up)
+    gate, up = gate_up.chunk(2, dim=-1)
+    return F.silu(gate) * up
+
 
 class Attention(nn.Module):
     """Projections of one expert around the attention that both experts share."""
@@ -89,12 +101,10 @@ class MLP(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Map tokens (T, H) to (T, H); float32 out of a float16 model, else the type of x."""
         gate_up = self.gate_up_proj(x)
-        if x.dtype != torch.float16 and (kernels := fused(x)):
-            return self.down_proj(kernels.silu_mul(gate_up))
-        gate, up = gate_up.chunk(2, dim=-1)
         if x.dtype != torch.float16:
-            return self.down_proj(F.silu(gate) * up)
+            return self.down_proj.of_gated(gate_up)
         # A few channels of this product exceed float16's 65504 in Qwen2.5: scale each token into [-1, 1] and back.
+        gate, up = gate_up.chunk(2, dim=-1)
         product = F.silu(gate.float()) * up.float()
         scale = product.abs().amax(-1, keepdim=True).clamp(min=1.0)
         return self.down_proj((product / scale).to(x.dtype)).float() * scale

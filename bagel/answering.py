@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 
 import torch
 
 from bagel.inputs import Job, Parts
 from bagel.modeling import Context
-from bagel.modeling.decoding import DecodeStep, affordable, can_capture, capacity_for
+from bagel.modeling.decoding import DecodeStep
 from bagel.sampling import TextSampling, discard_draw, next_tokens
 from bagel.tokenizer import TextStream
 
@@ -52,21 +53,44 @@ def decode(
     Yields:
         All answers after each round, the same objects; the caller may end one by setting its `finish_reason`.
     """
+    graph = None
+    # A graph is worth its capture for more than a few tokens, and it has an attention of its own.
+    if contexts and max_new_tokens > LOOK_EVERY and parts.attention != "reference":
+        longest = max(context.length for context in contexts)
+        graph = parts.decode_steps.take(parts.model, len(contexts), longest + max_new_tokens)
+    try:
+        yield from _rounds(parts, contexts, generators, sampling, max_new_tokens, look_every, graph)
+    finally:
+        if graph is not None:
+            parts.decode_steps.give_back(graph)
+
+
+def _rounds(
+    parts: Parts,
+    contexts: Sequence[Context],
+    generators: Sequence[torch.Generator],
+    sampling: TextSampling,
+    max_new_tokens: int,
+    look_every: int | None,
+    graph: DecodeStep | None,
+) -> Iterator[list[Answer]]:
+    """Yield what `decode` does, by a graph, or by forwards of the texts that are not finished."""
     model, eos = parts.model, parts.tokenizer.eos_id
     at_a_time = look_every or (1 if model.device.type == "cpu" else LOOK_EVERY)
     answers = [Answer() for _ in contexts]
     forks = [context.fork() for context in contexts]
-    graph = _graph(parts, forks, max_new_tokens)
-    if graph is None:
+    if graph is not None:
+        graph.begin(contexts)
+    else:
         for fork in forks:
             fork.cache.reserve(tokens=fork.length + max_new_tokens)
     ids = torch.full((len(answers),), parts.tokenizer.bos_id, device=model.device)
     active = list(range(len(answers)))
-    left, unused = max_new_tokens, torch.Generator()
+    left = max_new_tokens
     while not all(answer.finish_reason for answer in answers):
         count = min(at_a_time, left)
         left -= count
-        own = [unused if answers[i].finish_reason else generators[i] for i in active]
+        own = [torch.Generator(generators[i].device) if answers[i].finish_reason else generators[i] for i in active]
         rows, states, vocab_size = [], [], 0
         for _ in range(count):
             if graph is None:
@@ -89,22 +113,6 @@ def decode(
         places = [place for place, i in enumerate(active) if not answers[i].finish_reason]
         if graph is None and len(places) < len(active):
             ids, active = ids[places], [active[place] for place in places]
-
-
-def _graph(parts: Parts, contexts: Sequence[Context], max_new_tokens: int) -> DecodeStep | None:
-    """Return a step that goes on from contexts where one is worth its capture: on a GPU, for more than a few tokens."""
-    model, tokens = parts.model, max(context.length for context in contexts) + max_new_tokens
-    if max_new_tokens <= LOOK_EVERY or not can_capture(model):
-        return None
-    if not parts.decode_steps or not parts.decode_steps[0].fits(model, len(contexts), tokens):
-        parts.decode_steps.clear()  # one at a time: its caches take memory
-        capacity = capacity_for(tokens)
-        if not affordable(model, len(contexts), capacity):
-            return None
-        parts.decode_steps.append(DecodeStep(model, len(contexts), capacity))
-    (step,) = parts.decode_steps
-    step.begin(contexts)
-    return step
 
 
 def _take(answer: Answer, tokens: Sequence[int], *, eos: int, limit: int) -> int:
@@ -179,6 +187,29 @@ def write_texts(parts: Parts, jobs: Sequence[Job], *, limit: int, stop: Sequence
         if writer.stopped:
             answer.finish_reason = "stop"
     return list(zip(texts, answers, strict=True))
+
+
+def stream_text(parts: Parts, job: Job, *, limit: int, stop: Sequence[str] = ()) -> Iterator[str]:
+    """Yield the text that `write_texts` returns of one job as it is decoded, in whole characters."""
+    writer, taken = TextWriter(TextStream(parts.tokenizer), stop), 0
+    rounds = decode_jobs(parts, [job], limit=limit)
+    while not writer.stopped:
+        with current_gpu(parts.model.device):  # but not while the caller works
+            found = next(rounds, None)
+        if found is None:
+            break
+        (answer,) = found
+        for token in answer.ids[taken:]:
+            if piece := writer.push(token):
+                yield piece
+        taken = len(answer.ids)
+    if piece := writer.flush():
+        yield piece
+
+
+def current_gpu(device: torch.device) -> AbstractContextManager[object]:
+    """Make a GPU the current one for a while, as its kernels and graphs need; does nothing for a CPU."""
+    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
 
 
 def decode_jobs(parts: Parts, jobs: Sequence[Job], *, limit: int) -> Iterator[list[Answer]]:

@@ -5,7 +5,7 @@ Shapes: `Tq` queries, `Tk` keys, `Hq` query heads, `Hkv` key/value heads (`Hq` a
 
 from __future__ import annotations
 
-import importlib.util
+import functools
 from contextlib import nullcontext
 
 import torch
@@ -49,7 +49,16 @@ def choose_backend(name: str, *, device: torch.device, dtype: torch.dtype) -> st
     if check_backend(name) != "auto":
         return name
     hopper = device.type == "cuda" and torch.cuda.get_device_capability(device)[0] == HOPPER
-    return "fa3" if hopper and dtype == torch.bfloat16 and importlib.util.find_spec("fa3_fwd_interface") else "sdpa"
+    return "fa3" if hopper and dtype == torch.bfloat16 and _has_fa3() else "sdpa"
+
+
+@functools.cache
+def _has_fa3() -> bool:
+    try:
+        _fa3_func()
+    except (ImportError, OSError):  # not there, or built for another torch
+        return False
+    return True
 
 
 def _unknown(name: str) -> ValueError:
@@ -73,8 +82,9 @@ def attention(
         v: values (Tk, Hkv, D).
         causal: query i sees keys 0 to Tk - Tq + i: the last query sees all (aligned at the lower right).
         mask: instead of `causal`, bool (Tq, Tk), true where the query may look.
-        backend: "sdpa" (torch, any device), "fa3" (package fa3-fwd, Hopper GPUs, bfloat16, without gradients;
-            what it lacks goes to "sdpa"), "flash" (package flash-attn, CUDA, no mask), "reference" (float64).
+        backend: "auto" (the fastest for them), "sdpa" (torch, any device), "fa3" (package fa3-fwd, Hopper GPUs,
+            bfloat16, without gradients; what it lacks goes to "sdpa"), "flash" (package flash-attn, CUDA, no mask),
+            "reference" (float64).
 
     Returns:
         (Tq, Hq, D) in the type of `q`.
@@ -86,6 +96,8 @@ def attention(
     if causal and mask is not None:
         raise ValueError("attention takes causal=True or a mask, not both")
     causal = causal and q.shape[0] > 1  # a single query at the end sees everything
+    if backend == "auto":
+        backend = choose_backend(backend, device=q.device, dtype=q.dtype)
     run = {"sdpa": _sdpa, "fa3": _flash_3, "flash": _flash, "reference": _reference}.get(backend)
     if run is None:
         raise _unknown(backend)
@@ -151,7 +163,8 @@ def _fa3_func():
 
 
 def _flash_3(q: Tensor, k: Tensor, v: Tensor, causal: bool, mask: Tensor | None) -> Tensor:
-    if mask is not None or q.dtype != torch.bfloat16:
+    learns = torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v))
+    if mask is not None or learns or q.dtype != torch.bfloat16:
         return _sdpa(q, k, v, causal, mask)
     return _fa3_func()(q[None], k[None], v[None], causal=causal)[0]
 
@@ -162,7 +175,7 @@ def _flash_attn_func():
     except ImportError as error:
         raise ImportError(
             'attention="flash" needs the package flash-attn and a CUDA GPU: pip install flash-attn, '
-            'or use the default attention="sdpa"'
+            'or use the default attention="auto"'
         ) from error
     return flash_attn_func
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -282,14 +283,18 @@ class PreparedImage:
 
     size: tuple[int, int]
     """(width, height) in pixels after the VAE rule: the size of an edit of this picture."""
-    vae_pixels: Tensor
-    """(3, H, W), float32 in [-1, 1]."""
+    vae_image: Image.Image
     vit_pixels: Tensor
     """(3, h, w), float32 in [-1, 1]."""
     vit_patches: Tensor
     """(rows * cols, patch_size * patch_size * 3)."""
     vit_grid: tuple[int, int]
     """(rows, cols) of ViT patches."""
+
+    @cached_property
+    def vae_pixels(self) -> Tensor:
+        """(3, H, W), float32 in [-1, 1]; made when they are asked for, which a question never does."""
+        return to_pixels(self.vae_image)
 
 
 def prepare_input(
@@ -306,7 +311,7 @@ def prepare_input(
     vit_pixels = to_pixels(resize(image if once else first, vit_rule))
     return PreparedImage(
         size=first.size,
-        vae_pixels=to_pixels(first if once else resize(first, vae_rule)),
+        vae_image=first if once else resize(first, vae_rule),
         vit_pixels=vit_pixels,
         vit_patches=patchify(vit_pixels, patch_size),
         vit_grid=(vit_pixels.shape[1] // patch_size, vit_pixels.shape[2] // patch_size),

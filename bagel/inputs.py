@@ -14,7 +14,7 @@ from torch import Tensor
 from bagel.contexts import Entry, GuidanceContexts
 from bagel.image import open_image, patch_positions, patchify, prepare_input
 from bagel.modeling import Bagel, MissingHalfError
-from bagel.modeling.decoding import DecodeStep
+from bagel.modeling.decoding import DecodeSteps
 from bagel.options import THINK_GENERATE, THINK_UNDERSTAND, Options, Output, described
 from bagel.packing import LatentImage, Text, ViTImage
 from bagel.tokenizer import Tokenizer
@@ -103,14 +103,14 @@ def _opened(value: Any) -> str:
 class Parts:
     """The loaded model and what belongs to it; `vae` is None where nothing can be drawn.
 
-    `decode_steps` holds at most one, kept because it takes time to make: scratch memory that no result depends on.
+    `decode_steps` keeps scratch memory, on whose contents no result depends.
     """
 
     model: Bagel
     vae: Autoencoder | None
     tokenizer: Tokenizer
     attention: str = "sdpa"
-    decode_steps: list[DecodeStep] = field(default_factory=list, compare=False, repr=False)
+    decode_steps: DecodeSteps = field(default_factory=DecodeSteps, compare=False, repr=False)
 
     @property
     def image_tokens(self) -> tuple[int, int]:

@@ -178,9 +178,10 @@ class Packed:
     def to(self, device: torch.device | str) -> Packed:
         """Return a copy whose tensors are on `device`; a GPU is not waited for."""
         tensors = {f.name: value for f in fields(self) if isinstance(value := getattr(self, f.name), Tensor)}
-        if torch.device(device).type == "cuda":  # copies from page-locked memory wait for nothing
+        gpu = torch.device(device).type == "cuda"
+        if gpu:  # copies from page-locked memory wait for nothing
             tensors = {name: tensor if tensor.is_cuda else tensor.pin_memory() for name, tensor in tensors.items()}
-        return replace(self, **{name: tensor.to(device, non_blocking=True) for name, tensor in tensors.items()})
+        return replace(self, **{name: tensor.to(device, non_blocking=gpu) for name, tensor in tensors.items()})
 
 
 @dataclass

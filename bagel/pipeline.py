@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any, overload
 
@@ -11,7 +10,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from bagel.answering import TextWriter, decode_jobs, write_texts
+from bagel.answering import current_gpu, stream_text, write_texts
 from bagel.attention import check_backend, choose_backend
 from bagel.contexts import Entry, prefill_all
 from bagel.drawing import draw
@@ -20,7 +19,7 @@ from bagel.memory import explain_out_of_memory
 from bagel.modeling import Bagel
 from bagel.options import Options, Output, make_options, one_by_one, with_options
 from bagel.results import ImageResult, TextResult
-from bagel.tokenizer import TextStream, Tokenizer
+from bagel.tokenizer import Tokenizer
 from bagel.vae import Autoencoder
 
 Pictures = Image.Image | Sequence[Image.Image]
@@ -39,7 +38,7 @@ class BagelPipeline:
 
     def __init__(self, model: Bagel, vae: Autoencoder | None, tokenizer: Tokenizer, *, attention: str = "auto") -> None:
         backend = choose_backend(attention, device=model.device, dtype=model.dtype)
-        if vae is not None and model.device.type == "cuda":
+        if vae is not None and model.device.type == "cuda":  # laid out as the GPU's convolutions like it
             vae.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
         self.parts = Parts(model, vae, tokenizer, backend)
 
@@ -370,19 +369,10 @@ class BagelPipeline:
         return self._stream(inputs, chosen)
 
     def _stream(self, inputs: Sequence[Input], options: Options) -> Iterator[str]:
-        writer = TextWriter(TextStream(self.parts.tokenizer), options.stop_strings)
-        taken = 0
         with explain_out_of_memory("answering", way_out=LESS):
-            job = self._prepared([inputs], [options], "text")[0]
-            for (answer,) in decode_jobs(self.parts, [job], limit=options.text_limit):
-                for token in answer.ids[taken:]:
-                    if piece := writer.push(token):
-                        yield piece
-                taken = len(answer.ids)
-                if writer.stopped:
-                    return
-        if piece := writer.flush():
-            yield piece
+            with current_gpu(self.device):
+                job = self._prepared([inputs], [options], "text")[0]
+            yield from stream_text(self.parts, job, limit=options.text_limit, stop=options.stop_strings)
 
     def _run(
         self,
@@ -398,12 +388,9 @@ class BagelPipeline:
             raise ValueError("there is nothing to do: the batch is empty")
         each = [given] if single else one_by_one(given, len(batch))
         options = [make_options(task, output, values, preset=preset) for values in each]
-        with self._current(), explain_out_of_memory(f"working on {len(batch)} request(s)", way_out=LESS):
+        with current_gpu(self.device), explain_out_of_memory(f"working on {len(batch)} request(s)", way_out=LESS):
             jobs = self._prepared(batch, options, output)
             return self._answer(jobs) if output == "text" else self._draw(jobs)
-
-    def _current(self) -> AbstractContextManager[object]:  # kernels and graphs are made for the current GPU
-        return torch.cuda.device(self.device) if self.device.type == "cuda" else nullcontext()
 
     @torch.inference_mode()
     def _prepared(self, batch: Sequence[Sequence[Input]], options: Sequence[Options], output: Output) -> list[Job]:
@@ -441,7 +428,9 @@ class BagelPipeline:
     @torch.inference_mode()
     def _drawn(self, jobs: list[Job]) -> list[tuple[Image.Image, Tensor]]:
         options = jobs[0].options
-        if options.think:
+        if not options.think:
+            self.parts.decode_steps.kept = None  # drawing may need the memory
+        else:
             plans = write_texts(self.parts, jobs, limit=options.max_think_tokens)
             for job, (text, _) in zip(jobs, plans, strict=True):
                 job.plan = text

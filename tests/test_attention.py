@@ -11,7 +11,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from bagel.attention import attention, check_backend, lower_right_causal
+from bagel.attention import _has_fa3, attention, check_backend, choose_backend, lower_right_causal
 
 DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
 ROUNDING = {torch.float32: 2**-24, torch.bfloat16: 2**-9, torch.float16: 2**-12}
@@ -127,8 +127,45 @@ def test_an_unknown_backend_is_refused_with_the_names_of_all():
 def test_flash_without_its_package_says_the_way_out(monkeypatch):
     monkeypatch.setitem(sys.modules, "flash_attn", None)  # importing it now fails
     for ask in (lambda: check_backend("flash"), lambda: attention(*heads(2, 2, dtype=torch.bfloat16), backend="flash")):
-        with pytest.raises(ImportError, match=r"pip install flash-attn.*sdpa"):
+        with pytest.raises(ImportError, match=r"pip install flash-attn.*auto"):
             ask()
+
+
+def test_auto_is_torchs_attention_on_a_cpu():
+    q, k, v = heads(3, 7)
+    assert choose_backend("auto", device=q.device, dtype=q.dtype) == "sdpa"
+    assert torch.equal(attention(q, k, v, backend="auto"), attention(q, k, v, backend="sdpa"))
+
+
+@pytest.mark.parametrize("package", [None, SimpleNamespace(flash_attn_func=None)], ids=["absent", "there"])
+def test_auto_takes_flash_attention_3_on_hopper_where_it_can_be_imported(monkeypatch, package):
+    monkeypatch.setitem(sys.modules, "fa3_fwd_interface", package)
+    monkeypatch.setattr("torch.cuda.get_device_capability", lambda device: (9, 0))
+    gpu = torch.device("cuda", 0)
+    _has_fa3.cache_clear()
+    assert choose_backend("auto", device=gpu, dtype=torch.bfloat16) == ("fa3" if package else "sdpa")
+    assert choose_backend("auto", device=gpu, dtype=torch.float16) == "sdpa"
+    _has_fa3.cache_clear()
+    if package is None:
+        with pytest.raises(ImportError, match=r"pip install fa3-fwd.*auto"):
+            check_backend("fa3")
+
+
+def test_flash_attention_3_gets_what_it_can_compute_and_nothing_else(monkeypatch):
+    asked = []
+
+    def func(q, k, v, *, causal):
+        asked.append(causal)
+        return flash_twin(q, k, v, causal=causal)
+
+    monkeypatch.setitem(sys.modules, "fa3_fwd_interface", SimpleNamespace(flash_attn_func=func))
+    q, k, v = heads(3, 7, dtype=torch.bfloat16)
+    wanted = attention(q, k, v, causal=True, backend="reference")
+    assert torch.equal(attention(q, k, v, causal=True, backend="fa3"), wanted)
+    attention(q, k, v, mask=torch.ones(3, 7, dtype=torch.bool), backend="fa3")
+    attention(*heads(3, 7), backend="fa3")
+    attention(q.requires_grad_(), k, v, backend="fa3").sum().backward()
+    assert asked == [True]
 
 
 def flash_twin(q, k, v, *, causal):

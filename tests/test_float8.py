@@ -12,8 +12,19 @@ from bagel.cli import main
 from bagel.demo import CHECKPOINT
 from bagel.modeling import Bagel, MissingHalfError
 from bagel.modeling.float8 import Float8Linear, round_experts, round_linears
+from bagel.modeling.layers import gated
 
 PROMPT = "a large red star in the center on a white background"
+
+
+def test_a_large_bias_is_not_rounded_and_gates_are_multiplied_before():
+    linear = nn.Linear(64, 32)
+    x = torch.randn(6, 128, generator=torch.Generator().manual_seed(0))
+    layer = Float8Linear(linear)
+    without = layer(x[:, :64]) - linear.bias
+    linear.bias.data += 200.3
+    torch.testing.assert_close(layer(x[:, :64]), without + linear.bias, rtol=0, atol=1e-4)
+    assert torch.equal(layer.of_gated(x), layer(gated(x)))
 
 
 @pytest.fixture
@@ -91,4 +102,4 @@ def test_the_command_line_rounds_what_it_uses(monkeypatch, tmp_path, capsys):
     drawing = len(rounded)
     picture = next(tmp_path.iterdir())
     assert main(["understand", str(picture), "--question", "what?", "--max-new-tokens", "2", *common]) == 0
-    assert drawing == len(rounded) - drawing == 3  # layers of gen experts, then of und experts
+    assert drawing == len(rounded) - drawing == 6  # inner layers of gen experts, then of und experts

@@ -137,7 +137,8 @@ def test_a_graph_decodes_the_tokens_of_the_eager_path_and_neither_waits(float32_
     contexts = prefilled(float32_pipeline, ["a red circle", "and a longer text"])
     generators = [torch.Generator().manual_seed(seed) for seed in seeds]
     wanted = list(decode(parts, contexts, generators, sampling=sampling, max_new_tokens=12))[-1]
-    (step,) = parts.decode_steps
+    step = parts.decode_steps.kept
+    assert step is not None
     assert step.graph is not None
     step.begin(contexts)
     forks = [context.fork() for context in contexts]
@@ -164,17 +165,16 @@ def test_a_graph_serves_other_texts_and_is_made_again_for_other_weights(float32_
         contexts = prefilled(float32_pipeline, [text])
         return list(decode(parts, contexts, [torch.Generator()], sampling=TextSampling(), max_new_tokens=12))[-1][0].ids
 
-    parts.decode_steps.clear()
     alone = []
     for text in texts:
+        parts.decode_steps.kept = None
         alone.append(written(text))
-        parts.decode_steps.clear()
     assert [written(text) for text in texts] == alone
-    (step,) = parts.decode_steps
+    step = parts.decode_steps.kept
     weight = parts.model.decoder.norm.weight
     weight.data = weight.data.clone()
     assert written(texts[0]) == alone[0]
-    assert parts.decode_steps[0] is not step
+    assert parts.decode_steps.kept is not step
 
 
 # One kernel for several operations ------------------------------------------------------------------------------------
@@ -184,7 +184,7 @@ def plain(monkeypatch, compute):
     """What `compute` returns with kernels, and without."""
     with torch.no_grad():
         found = compute()
-        monkeypatch.setattr(bagel.kernels, "_kernels", lambda: None)
+        monkeypatch.setattr(bagel.kernels, "_kernels", lambda gpu: None)
         return found, compute()
 
 
@@ -213,10 +213,11 @@ def test_kernels_of_the_experts_are_their_plain_operations(monkeypatch, name, to
         assert_close(found, wanted, relative=SEVERAL_ROUNDINGS[dtype])
 
 
-@pytest.mark.parametrize("size", [(16, 16), (9, 21)])
-def test_the_kernel_of_the_autoencoders_norm_is_the_plain_one(monkeypatch, size):
+@pytest.mark.parametrize(("mean", "spread"), [(3.0, 2.0), (91.5, 0.0), (80.0, 0.5)])
+@pytest.mark.parametrize("size", [(16, 16), (9, 21), (96, 168)])
+def test_the_kernel_of_the_autoencoders_norm_is_the_plain_one(monkeypatch, size, mean, spread):
     norm = filled(group_norm(96), torch.device("cuda")).to(torch.bfloat16)
-    x = (3 + 2 * drawn(2, 96, *size)).to(torch.bfloat16)
+    x = (mean + spread * drawn(2, 96, *size)).to(torch.bfloat16)
     found, wanted = plain(monkeypatch, lambda: norm_silu(norm, x))
     assert_close(found, wanted, relative=SEVERAL_ROUNDINGS[torch.bfloat16])
 
@@ -251,6 +252,8 @@ def test_kernels_of_8_bit_layers_are_their_plain_operations(monkeypatch, tokens)
         linear = filled(torch.nn.Linear(2048, 272), torch.device("cuda")).to(torch.bfloat16)
     x = drawn(tokens, 2048, dtype=torch.bfloat16)
     layer, gate_up = Float8Linear(linear), drawn(tokens, 4096, dtype=torch.bfloat16)
-    for found, wanted in zip(*plain(monkeypatch, lambda: (layer(x), layer.of_gated(gate_up))), strict=True):
-        # A single token is not rounded by the kernel: what 8 bits lose is the difference, 3.9e-2.
-        assert_close(found, wanted, relative=6e-2 if tokens == 1 else SEVERAL_ROUNDINGS[torch.bfloat16])
+    found, wanted = plain(monkeypatch, lambda: (layer(x), layer.of_gated(gate_up)))
+    # A single token is not rounded by the kernel: what 8 bits lose is the difference, 3.9e-2.
+    assert_close(found[0], wanted[0], relative=6e-2 if tokens == 1 else SEVERAL_ROUNDINGS[torch.bfloat16])
+    # A product that another rounding moved to the next of the 8-bit floats moves by 2**-3 at most: 1.9e-2 in the sums.
+    assert_close(found[1], wanted[1], relative=6e-2 if tokens == 1 else 4e-2)

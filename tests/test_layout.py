@@ -18,6 +18,7 @@ ORDER = (
     "kernels",
     "attention",
     "packing",
+    "embedding",
     "vit",
     "vae",
     "modeling",
@@ -115,6 +116,17 @@ assert (threads, dtype) == (torch.get_num_threads(), torch.get_default_dtype())
 assert torch.equal(state, torch.random.get_rng_state())
 import sys
 assert not {"flash_attn", "transformers", "diffusers"} & set(sys.modules)
+"""
+    assert run_python(code) == ""
+
+
+def test_loading_does_not_import_torchs_compiler():
+    code = """
+import sys
+from bagel import BagelPipeline
+from bagel.demo import CHECKPOINT
+BagelPipeline.from_pretrained(CHECKPOINT, device="cpu")
+assert "torch._dynamo" not in sys.modules
 """
     assert run_python(code) == ""
 

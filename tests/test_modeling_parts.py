@@ -234,7 +234,7 @@ def test_cache_lays_out_headroom_context_and_tail():
     assert keys[:, 0, 0].tolist() == [1, 2, 3]
     assert values[:, 1, 7].tolist() == [-1, -2, -3]
     prefix = Context(cache, length=1)
-    keys, values = prefix.extended(1, [numbered(8, 9)], [numbered(-8, -9)], "headroom")
+    keys, values = prefix.extended(1, [numbered(8), numbered(9)], [numbered(-8), numbered(-9)], "headroom")
     assert keys[:, 0, 0].tolist() == [8, 9, 1]
     assert values[:, 0, 0].tolist() == [-8, -9, -1]
     assert cache.keys[1, :, 0, 0].tolist() == [8, 9, 1, 2, 3]

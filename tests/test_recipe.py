@@ -54,7 +54,7 @@ def pool(parts, tmp_path_factory):
     return folder
 
 
-@pytest.mark.parametrize("task", recipe_data.WEIGHTS[0])
+@pytest.mark.parametrize("task", recipe_data.WEIGHTS)
 def test_a_task_shows_its_conditions_then_what_is_learned(parts, task):
     shapes = recipe_data.Shapes(task, ItemMaker(parts[0].config, parts[2]), SIDE)
     items = list(shapes(random.Random(1)))
@@ -69,11 +69,6 @@ def test_a_task_shows_its_conditions_then_what_is_learned(parts, task):
         assert len({id(item) for item in items[-recipe_data.TARGETS :]}) == 1
         assert isinstance(items[-1], LatentItem)
         assert sum(learned) == recipe_data.TARGETS + (task == "think")
-
-
-def test_every_stage_draws_every_task():
-    assert len({frozenset(weights) for weights in recipe_data.WEIGHTS}) == 1
-    assert len(recipe_data.WEIGHTS) == len(recipe.STAGES)
 
 
 def is_plain(scene) -> bool:
@@ -128,7 +123,7 @@ def test_a_pool_of_another_autoencoder_is_refused(parts, pool):
         recipe_pool.write_pool(pool, ItemMaker(parts[0].config, parts[2]), other, blocks=1, side=SIDE)
 
 
-def test_a_stage_trains_from_the_pool_and_is_exported(pool, vae_run, tmp_path, monkeypatch):
+def test_a_run_trains_from_the_pool_and_is_exported(pool, vae_run, tmp_path, monkeypatch):
     def run(*arguments) -> None:
         monkeypatch.setattr(sys, "argv", ["train.py", *map(str, arguments)])
         recipe.main()
@@ -136,7 +131,7 @@ def test_a_stage_trains_from_the_pool_and_is_exported(pool, vae_run, tmp_path, m
     settings = json.dumps({"steps": 2, "warmup": 1, "compile": False, "log_every": 1})
     common = ("--vae", vae_run, "--pool", pool, "--device", "cpu", "--tokens", 600, "--set", settings)
     run("model", "--start", CHECKPOINT, "--out", tmp_path / "first", *common)
-    run("model", "--start", tmp_path / "first", "--out", tmp_path / "second", "--stage", 2, *common)
+    run("model", "--start", tmp_path / "first", "--out", tmp_path / "second", *common)
     run("export", "--run", tmp_path / "second", "--to", tmp_path / "exported")
     log = [json.loads(line) for line in (tmp_path / "second" / "log.jsonl").read_text().splitlines()]
     assert [line["step"] for line in log] == [1, 2]

@@ -27,10 +27,12 @@ CHUNKS = 512
 """Parts of a picture that are summed by themselves, at most: a few for each processor of a large GPU."""
 
 
-def try_one() -> None:
-    """Build and run a kernel; what Triton raises where it cannot is not caught."""
-    one = torch.ones(1, 16, device="cuda")
-    rms_norm(one, one[0], eps=1e-6)
+def try_some() -> None:
+    """Build and run a kernel of each sort, in the types that they are for; what Triton raises is not caught."""
+    heads = torch.ones(1, 1, 16, device="cuda", dtype=torch.bfloat16)
+    rms_norm(heads, heads[0, 0], eps=1e-6)
+    cache = heads.new_zeros(1, 16, 1, 16)
+    attend_appended(heads, heads, heads, cache, cache.clone(), torch.zeros(1, device="cuda", dtype=torch.int32))
 
 
 def rms_norm(x: Tensor, weight: Tensor, *, eps: float) -> Tensor:
@@ -120,6 +122,7 @@ def _norm_rotate(
 
 def silu_mul(gate_up: Tensor) -> Tensor:
     """Return silu(gate) * up (T, n) of gate and up side by side (T, 2n), computed in float32 and rounded once."""
+    gate_up = gate_up.contiguous()
     tokens, width = gate_up.shape[0], gate_up.shape[1] // 2
     out = gate_up.new_empty(tokens, width)
     block = min(1024, triton.next_power_of_2(width))
@@ -163,6 +166,7 @@ def _round_rows(x, out, scale, width, largest, tiny, BLOCK: tl.constexpr):
 
 def silu_mul_round(gate_up: Tensor, *, largest: float, tiny: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """Return what `round_rows` returns of `silu_mul`, whose result need not pass through memory."""
+    gate_up = gate_up.contiguous()
     tokens, width = gate_up.shape[0], gate_up.shape[1] // 2
     out = gate_up.new_empty(tokens, width, dtype=dtype)
     scale = gate_up.new_empty(tokens, 1, dtype=torch.float32)
@@ -196,7 +200,7 @@ def _gated(x, column, width):
 def matrix_times_vector(
     x: Tensor, weight: Tensor, *, scale: Tensor | None = None, plus: Tensor | None = None
 ) -> Tensor:
-    """Return x (1, in) times the rows of a weight (out, in), plus a bias or a token of `out` values, in the type of x.
+    """Return x (1, in) times the rows of a weight (out, in), plus a bias, in the type of x; x and weight contiguous.
 
     Bound by reading the weight, so x stays as it is beside one of 8-bit floats: nothing is lost to rounding it.
 
@@ -353,11 +357,14 @@ def group_norm(x: Tensor, weight: Tensor, bias: Tensor, *, groups: int, eps: flo
     chunks = triton.cdiv(pixels, each)
     partial = x.new_empty(batch, chunks, 2, channels, dtype=torch.float32)
     _sums[(chunks, batch)](x, partial, pixels, channels, each, WIDE=wide, ROWS=rows)
-    sums, squares = partial.sum(1).view(batch, 2, groups, -1).sum(-1).unbind(1)  # (B, groups)
-    mean = sums / (pixels * channels // groups)
-    scale = (squares / (pixels * channels // groups) - mean**2 + eps).rsqrt()
-    scale = scale.repeat_interleave(channels // groups, 1) * weight
-    shift = bias - mean.repeat_interleave(channels // groups, 1) * scale
+    # Of what differs from each channel's first pixel: a mean far larger than the spread would leave nothing of it.
+    sums, squares = (partial.sum(1) / pixels).view(batch, 2, groups, -1).unbind(1)  # (B, groups, C / groups)
+    means = x[:, :, 0, 0].float().view_as(sums) + sums
+    mean = means.mean(-1, keepdim=True)
+    variance = ((squares - sums**2).clamp(min=0) + (means - mean) ** 2).mean(-1, keepdim=True)
+    scale = (variance + eps).rsqrt() * weight.view(groups, -1)
+    shift = bias.view(groups, -1) - mean * scale
+    scale, shift = scale.contiguous(), shift.contiguous()  # (B, C)
     out = torch.empty_like(x)
     _scaled[(triton.cdiv(pixels, rows), batch)](x, scale, shift, out, pixels, channels, WIDE=wide, ROWS=rows, SILU=silu)
     return out
@@ -369,10 +376,12 @@ def _sums(x, partial, pixels, channels, each, WIDE: tl.constexpr, ROWS: tl.const
     channel = tl.arange(0, WIDE)
     inside = channel < channels
     sums, squares = tl.zeros((ROWS, WIDE), tl.float32), tl.zeros((ROWS, WIDE), tl.float32)
+    first = tl.load(x + picture * pixels * channels + channel, mask=inside, other=0.0).to(tl.float32)[None, :]
     for start in range(0, each, ROWS):
         pixel = chunk * each + start + tl.arange(0, ROWS)
         at = (picture * pixels + pixel)[:, None] * channels + channel[None, :]
-        values = tl.load(x + at, mask=(pixel < pixels)[:, None] & inside[None, :], other=0.0).to(tl.float32)
+        here = (pixel < pixels)[:, None] & inside[None, :]
+        values = tl.where(here, tl.load(x + at, mask=here, other=0.0).to(tl.float32) - first, 0.0)
         sums += values
         squares += values * values
     to = partial + (picture * tl.num_programs(0) + chunk) * 2 * channels + channel

@@ -17,8 +17,8 @@ from bagel.modeling.cache import Context
 from bagel.modeling.layers import Heads
 from bagel.modeling.mot import Streams
 
-SMALLEST = 1024
-"""Tokens of the smallest cache; larger ones are powers of two, so that few graphs serve many lengths."""
+SMALLEST, LARGEST = 1024, 32768
+"""Tokens of the smallest and the largest caches; they are powers of two, so that few graphs serve many lengths."""
 SHARE = 4
 """A graph may take a quarter of the free memory for its caches."""
 
@@ -49,7 +49,8 @@ class FixedCaches:
 class DecodeStep:
     """The logits that follow one token of each of B texts.
 
-    On a GPU the work is captured as a graph when this is made, elsewhere it is done as it comes.
+    On a GPU the work is captured as a graph when this is made, elsewhere it is done as it comes. To be made and used in
+    inference mode.
 
     Args:
         model: its weights must stay where they are.
@@ -74,8 +75,9 @@ class DecodeStep:
         for row, context in enumerate(contexts):
             cache, length = context.cache, context.length
             held = slice(cache.headroom, cache.headroom + length)
-            self.caches.keys[:, row, :length] = cache.keys[:, held]
-            self.caches.values[:, row, :length] = cache.values[:, held]
+            for own, theirs in ((self.caches.keys, cache.keys), (self.caches.values, cache.values)):
+                own[:, row, :length] = theirs[:, held]
+                own[:, row, length:] = 0  # whatever another text has left there
         self.caches.lengths.copy_(torch.tensor([context.length for context in contexts]))
         self.positions.copy_(torch.tensor([context.position for context in contexts]))
 
@@ -105,29 +107,58 @@ class DecodeStep:
                 self._run()
         torch.cuda.current_stream().wait_stream(aside)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
+        with torch.cuda.graph(graph, stream=aside):
             self.logits = self._run()
         return graph
 
 
+class DecodeSteps:
+    """Keeps the last step for another use: making one takes a tenth of a second, and its caches take memory.
+
+    Whoever takes it has it alone until it is given back. A copy of this is empty.
+    """
+
+    def __init__(self) -> None:
+        self.kept: DecodeStep | None = None
+
+    def take(self, model: Bagel, texts: int, tokens: int) -> DecodeStep | None:
+        """Return a step for so many texts of so many tokens; None where no graph can be made, or has no room."""
+        step, self.kept = self.kept, None
+        if not can_capture(model):
+            return None
+        if step is not None and step.fits(model, texts, tokens):
+            return step
+        del step  # its memory is free for the next
+        capacity = max(SMALLEST, 1 << (tokens - 1).bit_length())
+        if capacity > LARGEST or not has_room(model, texts, capacity):
+            return None
+        return DecodeStep(model, texts, capacity)
+
+    def give_back(self, step: DecodeStep) -> None:
+        """Keep a step that was taken."""
+        self.kept = step
+
+    def __reduce__(self) -> tuple[type[DecodeSteps], tuple[()]]:
+        return DecodeSteps, ()
+
+
 def can_capture(model: Bagel) -> bool:
-    """Whether graphs can be made of a model: it is on the current GPU."""
-    return model.device.type == "cuda" and model.device.index == torch.cuda.current_device()
+    """Whether graphs can be made of a model: it is on the current GPU, and nobody watches its layers or casts them."""
+    if model.device.type != "cuda" or model.device.index != torch.cuda.current_device():
+        return False
+    watched = any(part._forward_hooks or part._forward_pre_hooks for part in model.decoder.modules())
+    return not watched and not torch.is_autocast_enabled("cuda")
 
 
-def capacity_for(tokens: int) -> int:
-    """Return the size of caches for so many tokens."""
-    return max(SMALLEST, 1 << (tokens - 1).bit_length())
-
-
-def affordable(model: Bagel, texts: int, capacity: int) -> bool:
+def has_room(model: Bagel, texts: int, capacity: int) -> bool:
     """Whether caches of that size leave enough of the GPU's memory free."""
-    config = model.config.llm_config
+    config, device = model.config.llm_config, model.device
     size = 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim * model.dtype.itemsize
-    return size * texts * capacity * SHARE <= torch.cuda.mem_get_info(model.device)[0]
+    unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    return size * texts * capacity * SHARE <= torch.cuda.mem_get_info(device)[0] + unused
 
 
-def _addresses(model: Bagel) -> tuple[int, ...]:
+def _addresses(model: Bagel) -> tuple[tuple[int, torch.dtype], ...]:
     """Where the decoder's weights are: a graph reads them there, whatever becomes of the modules."""
     decoder = model.decoder
-    return tuple(tensor.data_ptr() for part in (decoder.parameters(), decoder.buffers()) for tensor in part)
+    return tuple((x.data_ptr(), x.dtype) for part in (decoder.parameters(), decoder.buffers()) for x in part)

@@ -35,7 +35,8 @@ class PositionTable(nn.Module):
     def __init__(self, side: int, channels: int) -> None:
         super().__init__()
         self.table: Tensor
-        self.register_buffer("table", sincos_table(side, channels))
+        shape_alone = torch.get_default_device().type == "meta"
+        self.register_buffer("table", torch.empty(side**2, channels) if shape_alone else sincos_table(side, channels))
 
     def forward(self, position_ids: Tensor) -> Tensor:
         """Return rows (n, channels) for cells (n,)."""

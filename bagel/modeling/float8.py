@@ -24,7 +24,7 @@ CAPABILITY = (8, 9)
 
 
 class Float8Linear(nn.Module):
-    """What a linear layer computes, with both factors rounded to 8 bits and the sums in float32.
+    """What a linear layer computes, with both factors rounded to 8 bits.
 
     Args:
         linear: the layer to round; on its device.
@@ -54,7 +54,8 @@ class Float8Linear(nn.Module):
         return self(gated(gate_up))
 
     def _product(self, rows: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
-        kind = ScalingType.RowWise
+        kind, bias = ScalingType.RowWise, self.bias
+        within = bias is not None and bias.dtype == torch.bfloat16  # other types would be rounded to it
         out = scaled_mm(
             rows,
             self.weight.t(),
@@ -62,11 +63,12 @@ class Float8Linear(nn.Module):
             kind,
             self.scale.t(),
             kind,
-            bias=None if self.bias is None else self.bias.to(torch.bfloat16),
+            bias=bias if within else None,
             output_dtype=torch.bfloat16,
             use_fast_accum=True,
         )
-        return out.to(dtype)
+        out = out.to(dtype)
+        return out if bias is None or within else out + bias
 
 
 def rounded(x: Tensor) -> tuple[Tensor, Tensor]:

@@ -102,7 +102,8 @@ class MLP(nn.Module):
         """Map tokens (T, H) to (T, H); float32 out of a float16 model, else the type of x."""
         gate_up = self.gate_up_proj(x)
         if x.dtype != torch.float16:
-            return self.down_proj.of_gated(gate_up)
+            of_gated = getattr(self.down_proj, "of_gated", None)  # not there where something wraps the layer
+            return of_gated(gate_up) if of_gated else self.down_proj(gated(gate_up))
         # A few channels of this product exceed float16's 65504 in Qwen2.5: scale each token into [-1, 1] and back.
         gate, up = gate_up.chunk(2, dim=-1)
         product = F.silu(gate.float()) * up.float()

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from bagel.config import DecoderConfig
+from bagel.embedding import Embedding
 from bagel.modeling.layers import Expert, Heads, RMSNorm
 from bagel.modeling.rope import Rotary, rotary_table
 
@@ -64,7 +65,7 @@ class Decoder(nn.Module):
         super().__init__()
         with_gen = with_gen and config.has_gen_expert
         self.config = config
-        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.embed_tokens = Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(
             DecoderLayer(config, index=index, with_gen=with_gen) for index in range(config.num_hidden_layers)
         )

@@ -1,6 +1,7 @@
 """Building blocks of the autoencoder; attribute names are the keys of `ae.safetensors`.
 
-Every block keeps the memory format it is given, so that channels-last weights and inputs stay channels-last.
+With torch's operations every block keeps the memory format it is given, so that channels-last weights and inputs stay
+so; kernels return channels-last pictures.
 """
 
 from __future__ import annotations

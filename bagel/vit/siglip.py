@@ -10,6 +10,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from bagel.config import ViTConfig
+from bagel.embedding import Embedding
 from bagel.vit.rope import rotary_table, rotate
 
 
@@ -25,7 +26,7 @@ class SiglipViT(nn.Module):
         self.config = config
         self.patch_embedding = nn.Linear(config.patch_dim, config.hidden_size)
         if not config.rope:
-            self.position_embedding = nn.Embedding(config.num_patches_per_side**2, config.hidden_size)
+            self.position_embedding = Embedding(config.num_patches_per_side**2, config.hidden_size)
         self.layers = nn.ModuleList(SiglipLayer(config) for _ in range(config.num_layers))
         self.norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
 

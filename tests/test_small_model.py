@@ -32,8 +32,8 @@ LEAST_RIGHT = {
     "qa": {"question: all": 20},
     "caption": {"caption: all attributes": 9},
     "think": {"think: plan right, facts and caption": 7, "think: indirect prompts drawn with": 7},
-    "edit": {"edit: all": 17},
-    "frames": {"next frames: place, frame by frame": 12},
+    "edit": {"edit: all": 15},
+    "frames": {"next frames: place, frame by frame": 18},
 }
 TOTAL = {
     "draw: one object, everything stated": 20,

@@ -3,12 +3,8 @@
     python examples/shapes/model.py runs/start                                 sizes, tokenizer, fresh weights
     python examples/shapes/train.py vae   --start runs/start --out runs/vae
     python examples/shapes/train.py pool  --start runs/start --vae runs/vae --out runs/pool       without a GPU only
-    python examples/shapes/train.py model --start runs/start --vae runs/vae --out runs/first
-    python examples/shapes/train.py model --stage 2 --start runs/first --vae runs/vae --out runs/second
-    python examples/shapes/train.py model --stage 3 --start runs/second --vae runs/vae --out runs/third
-    python examples/shapes/train.py model --stage 4 --start runs/third --vae runs/vae --out runs/fourth
-    python examples/shapes/train.py model --stage 5 --start runs/fourth --vae runs/vae --out runs/fifth
-    python examples/shapes/train.py export --run runs/fifth --to bagel/demo/checkpoint
+    python examples/shapes/train.py model --start runs/start --vae runs/vae --out runs/model
+    python examples/shapes/train.py export --run runs/model --to bagel/demo/checkpoint
 
 With torchrun the model trains on several GPUs: torchrun --nproc-per-node 2 examples/shapes/train.py model ...
 """
@@ -42,12 +38,12 @@ from bagel.vae import Autoencoder
 VAE = TrainConfig(
     steps=9000, lr=1e-3, warmup=300, schedule="cosine", min_lr=0.02, ema_decay=0.999, clip_norm=1.0, log_every=100
 )
-FIRST = TrainConfig(
-    steps=3000,
+MODEL = TrainConfig(
+    steps=6146,
     lr=2.5e-3,
-    warmup=100,
+    warmup=200,
     schedule="cosine",
-    min_lr=0.7,
+    min_lr=0.01,
     optimizer="muon",
     betas=(0.9, 0.98),
     weight_decay=0.01,
@@ -55,13 +51,6 @@ FIRST = TrainConfig(
     log_every=50,
     precision="bfloat16",
     compile=True,
-)
-STAGES = (
-    FIRST,
-    dataclasses.replace(FIRST, steps=1500, lr=2e-3, warmup=50),
-    dataclasses.replace(FIRST, steps=3000, lr=1.6e-3, warmup=50, min_lr=0.01),
-    dataclasses.replace(FIRST, steps=1040, lr=1e-3, warmup=30, min_lr=0.01),
-    dataclasses.replace(FIRST, steps=4600, lr=1.8e-3, warmup=50, min_lr=0.01),
 )
 
 
@@ -123,8 +112,7 @@ def make_pool(args: argparse.Namespace) -> None:
 def train_model(args: argparse.Namespace) -> None:
     """Train the model on all tasks, from the weights in --start or from where the run in --out stopped."""
     model, vae, tokenizer = with_vae(args)
-    weights = WEIGHTS[args.stage - 1]
-    makers = {task: Shapes(task, ItemMaker(model.config, tokenizer), SIDE) for task in weights}
+    makers = {task: Shapes(task, ItemMaker(model.config, tokenizer), SIDE) for task in WEIGHTS}
     if args.pool:
         encoded = EncodedMaker(model.config, tokenizer)
         pool = read_pool(args.pool)
@@ -134,11 +122,11 @@ def train_model(args: argparse.Namespace) -> None:
         rules=Rules.of(model.config, tokenizer, times="uniform"),
         image_tokens=(tokenizer.image_start_id, tokenizer.image_end_id),
         token_budget=args.tokens,
-        weights=weights,
-        seed=2 * (args.stage - 1),
+        weights=WEIGHTS,
+        seed=8,
         streams=1 if args.pool else 48,
     )
-    train = dataclasses.replace(STAGES[args.stage - 1], workers=args.workers, save_every=args.save_every, **args.set)
+    train = dataclasses.replace(MODEL, workers=args.workers, save_every=args.save_every, **args.set)
     trainer = Trainer(model, data, train, tokenizer=tokenizer, out=args.out, vae=vae, device=args.device)
     trainer.fit(time_limit=args.time_limit)
 
@@ -166,10 +154,7 @@ def main() -> None:
         command.add_argument("--set", type=json.loads, default={}, help='other settings as JSON, e.g. {"steps": 100}')
         if name == "model":
             command.add_argument("--vae", type=Path, required=True)
-            command.add_argument(
-                "--stage", type=int, choices=range(1, 1 + len(STAGES)), default=1, help="the mixture of tasks"
-            )
-            command.add_argument("--tokens", type=int, default=12000, help="tokens of a step")
+            command.add_argument("--tokens", type=int, default=65536, help="tokens of a step (default 65536)")
             command.add_argument("--pool", type=Path, help="draw from pictures encoded ahead")
             command.add_argument("--time-limit", type=float, help="save and stop after so many seconds")
     command = commands.add_parser("pool")

@@ -116,10 +116,11 @@ PROCESS = """
 import sys, torch
 from pathlib import Path
 from training_world import toy_trainer
+from bagel.training.distributed import leave
 
 torch.set_num_threads(1)
 toy_trainer(Path(sys.argv[1]), steps=int(sys.argv[2]), device=sys.argv[3], batches=2).fit()
-torch.distributed.destroy_process_group()
+leave()
 """
 
 

@@ -11,6 +11,7 @@ from typing import Any
 from bagel.loading import load_parts
 from bagel.training import Conversations, Editing, TextToImage, fresh_model
 from bagel.training.config import TrainConfig
+from bagel.training.distributed import leave
 from bagel.training.samples import Dropout, ItemMaker, Rules
 from bagel.training.stream import Data, Source
 from bagel.training.trainer import Trainer
@@ -100,6 +101,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (OSError, ValueError, KeyError) as error:
         parser.exit(2, f"{parser.prog}: {type(error).__name__}: {error}\n")
     trainer.fit(time_limit=options.time_limit)
+    leave()
     return 0
 
 

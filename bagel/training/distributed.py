@@ -77,6 +77,13 @@ def join(device: torch.device | str | None = None) -> World:
     return World(kind, dist.get_rank(), size, init_device_mesh(kind.type, (size,)))
 
 
+def leave() -> None:
+    """Close what `join` opened, once every process is here; does nothing for one process alone."""
+    if dist.is_initialized():
+        dist.barrier()
+        dist.destroy_process_group()
+
+
 def is_sharded(tensor: Tensor) -> bool:
     """Tell whether a tensor is spread over processes."""
     return isinstance(tensor, DTensor)

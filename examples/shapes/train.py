@@ -31,6 +31,7 @@ from bagel.modeling import Bagel
 from bagel.pipeline import BagelPipeline
 from bagel.tokenizer import Tokenizer
 from bagel.training import Data, Generated, ItemMaker, Rules, TrainConfig, Trainer
+from bagel.training.distributed import leave
 from bagel.training.state import newest
 from bagel.training.vae_training import VAELossWeights, VAETrainer
 from bagel.vae import Autoencoder
@@ -129,6 +130,7 @@ def train_model(args: argparse.Namespace) -> None:
     train = dataclasses.replace(MODEL, workers=args.workers, save_every=args.save_every, **args.set)
     trainer = Trainer(model, data, train, tokenizer=tokenizer, out=args.out, vae=vae, device=args.device)
     trainer.fit(time_limit=args.time_limit)
+    leave()
 
 
 def export(args: argparse.Namespace) -> None:

@@ -6,6 +6,8 @@ Shapes: `Tq` queries, `Tk` keys, `Hq` query heads, `Hkv` key/value heads (`Hq` a
 from __future__ import annotations
 
 import functools
+import importlib
+from collections.abc import Callable
 from contextlib import nullcontext
 
 import torch
@@ -32,10 +34,8 @@ def check_backend(name: str) -> str:
     """Return `name` if that backend can run here; raise ValueError (unknown) or ImportError (not installed)."""
     if name not in BACKENDS:
         raise _unknown(name)
-    if name == "flash":
-        _flash_attn_func()
-    elif name == "fa3":
-        _fa3_func()
+    if name in ("fa3", "flash"):
+        _flash_func(name)
     return name
 
 
@@ -55,7 +55,7 @@ def choose_backend(name: str, *, device: torch.device, dtype: torch.dtype) -> st
 @functools.cache
 def _has_fa3() -> bool:
     try:
-        _fa3_func()
+        _flash_func("fa3")
     except (ImportError, OSError):  # not there, or built for another torch
         return False
     return True
@@ -151,33 +151,26 @@ def _sdpa(q: Tensor, k: Tensor, v: Tensor, causal: bool, mask: Tensor | None) ->
     return out.squeeze(0).transpose(0, 1)  # (Tq, Hq, D)
 
 
-def _fa3_func():
+def _flash_func(backend: str) -> Callable[..., Tensor]:
+    """Return the function of the package behind "fa3" or "flash"; raise ImportError where it is not installed."""
+    module, package, gpu = {
+        "fa3": ("fa3_fwd_interface", "fa3-fwd", "Hopper"),
+        "flash": ("flash_attn", "flash-attn", "CUDA"),
+    }[backend]
     try:
-        from fa3_fwd_interface import flash_attn_func  # pyright: ignore[reportMissingImports]
+        return importlib.import_module(module).flash_attn_func
     except ImportError as error:
         raise ImportError(
-            'attention="fa3" needs the package fa3-fwd and a Hopper GPU: pip install fa3-fwd, or use the default '
-            'attention="auto"'
+            f'attention="{backend}" needs the package {package} and a {gpu} GPU: pip install {package}, or use the '
+            'default attention="auto"'
         ) from error
-    return flash_attn_func
 
 
 def _flash_3(q: Tensor, k: Tensor, v: Tensor, causal: bool, mask: Tensor | None) -> Tensor:
     learns = torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v))
     if mask is not None or learns or q.dtype != torch.bfloat16:
         return _sdpa(q, k, v, causal, mask)
-    return _fa3_func()(q[None], k[None], v[None], causal=causal)[0]
-
-
-def _flash_attn_func():
-    try:
-        from flash_attn import flash_attn_func  # pyright: ignore[reportMissingImports]
-    except ImportError as error:
-        raise ImportError(
-            'attention="flash" needs the package flash-attn and a CUDA GPU: pip install flash-attn, '
-            'or use the default attention="auto"'
-        ) from error
-    return flash_attn_func
+    return _flash_func("fa3")(q[None], k[None], v[None], causal=causal)[0]
 
 
 def _flash(q: Tensor, k: Tensor, v: Tensor, causal: bool, mask: Tensor | None) -> Tensor:
@@ -185,7 +178,7 @@ def _flash(q: Tensor, k: Tensor, v: Tensor, causal: bool, mask: Tensor | None) -
         raise ValueError('attention="flash" takes no arbitrary mask; use "sdpa" for packed training sequences')
     if q.dtype == torch.float32:
         raise ValueError('attention="flash" computes in bfloat16 or float16, got float32; use "sdpa"')
-    return _flash_attn_func()(q[None], k[None], v[None], causal=causal)[0]
+    return _flash_func("flash")(q[None], k[None], v[None], causal=causal)[0]
 
 
 def _reference(q: Tensor, k: Tensor, v: Tensor, causal: bool, mask: Tensor | None) -> Tensor:

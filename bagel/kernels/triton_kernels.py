@@ -135,11 +135,8 @@ def silu_mul(gate_up: Tensor) -> Tensor:
 def _silu_mul(x, out, width, BLOCK: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)
     column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    inside = column < width
-    gate = tl.load(x + row * 2 * width + column, mask=inside).to(tl.float32)
-    up = tl.load(x + row * 2 * width + width + column, mask=inside).to(tl.float32)
-    product = gate * tl.sigmoid(gate) * up
-    tl.store(out + row * width + column, product.to(out.dtype.element_ty), mask=inside)
+    product = _gated(x + row * 2 * width, column, width)
+    tl.store(out + row * width + column, product.to(out.dtype.element_ty), mask=column < width)
 
 
 def round_rows(x: Tensor, *, largest: float, tiny: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -193,7 +190,7 @@ def _silu_mul_round(x, out, scale, width, largest, tiny, BLOCK: tl.constexpr):
 def _gated(x, column, width):
     gate = tl.load(x + column, mask=column < width, other=0.0).to(tl.float32)
     up = tl.load(x + width + column, mask=column < width, other=0.0)
-    # Rounded as a product that is stored would be.
+    # Rounded as a product that is stored is.
     return (gate * tl.sigmoid(gate) * up.to(tl.float32)).to(up.dtype).to(tl.float32)
 
 
@@ -344,8 +341,8 @@ def _join_parts(
     tl.store(out + (text * heads + head) * SIZE + lane, seen.to(out.dtype.element_ty))
 
 
-def group_norm(x: Tensor, weight: Tensor, bias: Tensor, *, groups: int, eps: float, silu: bool) -> Tensor:
-    """Return the group norm of x (B, C, H, W), and with `silu` that of it, in the type of x, channels last in memory.
+def group_norm_silu(x: Tensor, weight: Tensor, bias: Tensor, *, groups: int, eps: float) -> Tensor:
+    """Return silu of the group norm of x (B, C, H, W), in the type of x, channels last in memory.
 
     Computed in float32; sums are added in one order, whatever the GPU does first, so results repeat bit for bit.
     """
@@ -366,7 +363,7 @@ def group_norm(x: Tensor, weight: Tensor, bias: Tensor, *, groups: int, eps: flo
     shift = bias.view(groups, -1) - mean * scale
     scale, shift = scale.contiguous(), shift.contiguous()  # (B, C)
     out = torch.empty_like(x)
-    _scaled[(triton.cdiv(pixels, rows), batch)](x, scale, shift, out, pixels, channels, WIDE=wide, ROWS=rows, SILU=silu)
+    _scaled[(triton.cdiv(pixels, rows), batch)](x, scale, shift, out, pixels, channels, WIDE=wide, ROWS=rows)
     return out
 
 
@@ -390,9 +387,7 @@ def _sums(x, partial, pixels, channels, each, WIDE: tl.constexpr, ROWS: tl.const
 
 
 @triton.jit
-def _scaled(
-    x, scale, shift, out, pixels, channels, WIDE: tl.constexpr, ROWS: tl.constexpr, SILU: tl.constexpr
-):  # fmt: skip
+def _scaled(x, scale, shift, out, pixels, channels, WIDE: tl.constexpr, ROWS: tl.constexpr):
     picture = tl.program_id(1).to(tl.int64)
     pixel, channel = tl.program_id(0) * ROWS + tl.arange(0, ROWS), tl.arange(0, WIDE)
     inside = channel < channels
@@ -401,8 +396,7 @@ def _scaled(
     values = tl.load(x + at, mask=here, other=0.0).to(tl.float32)
     values = values * tl.load(scale + picture * channels + channel, mask=inside)[None, :]
     values = values + tl.load(shift + picture * channels + channel, mask=inside)[None, :]
-    if SILU:
-        values = values * tl.sigmoid(values)
+    values = values * tl.sigmoid(values)
     tl.store(out + at, values.to(out.dtype.element_ty), mask=here)
 
 

@@ -22,7 +22,7 @@ def group_norm(channels: int) -> nn.GroupNorm:
 def norm_silu(norm: nn.GroupNorm, x: Tensor) -> Tensor:
     """Return silu of the norm of x (B, C, H, W)."""
     if x.dtype != torch.float32 and (kernels := fused(x)):
-        return kernels.group_norm(x, norm.weight, norm.bias, groups=norm.num_groups, eps=norm.eps, silu=True)
+        return kernels.group_norm_silu(x, norm.weight, norm.bias, groups=norm.num_groups, eps=norm.eps)
     return F.silu(norm(x))
 
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -198,10 +197,19 @@ def to_pixels(image: Image.Image) -> Tensor:
 
     Raises ImageError for a picture of another mode.
     """
+    return in_unit(to_levels(image))
+
+
+def to_levels(image: Image.Image) -> Tensor:
+    """Return the pixels of an RGB picture as they are, uint8 (3, H, W); raises as `to_pixels`."""
     if image.mode != "RGB":
         raise ImageError(f"pixels are taken from an RGB picture, got mode {image.mode}; open it with open_image")
-    pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1).contiguous()  # (H, W, 3) -> (3, H, W)
-    return (pixels.float() / 255 - 0.5) / 0.5
+    return torch.from_numpy(np.array(image)).permute(2, 0, 1).contiguous()  # (H, W, 3) -> (3, H, W)
+
+
+def in_unit(pixels: Tensor) -> Tensor:
+    """Return pixels of any shape as floats in [-1, 1]: uint8 is scaled, floats are so already."""
+    return (pixels.float() / 255 - 0.5) / 0.5 if pixels.dtype == torch.uint8 else pixels
 
 
 def to_image(pixels: Tensor) -> Image.Image:
@@ -283,24 +291,18 @@ class PreparedImage:
 
     size: tuple[int, int]
     """(width, height) in pixels after the VAE rule: the size of an edit of this picture."""
-    vae_image: Image.Image
-    vit_pixels: Tensor
-    """(3, h, w), float32 in [-1, 1]."""
+    vae_levels: Tensor
+    """What the autoencoder gets, uint8 (3, H, W); see `in_unit`."""
     vit_patches: Tensor
-    """(rows * cols, patch_size * patch_size * 3)."""
+    """What the ViT gets, uint8 (rows * cols, patch_size * patch_size * 3); see `in_unit`."""
     vit_grid: tuple[int, int]
     """(rows, cols) of ViT patches."""
-
-    @cached_property
-    def vae_pixels(self) -> Tensor:
-        """(3, H, W), float32 in [-1, 1]; made when they are asked for, which a question never does."""
-        return to_pixels(self.vae_image)
 
 
 def prepare_input(
     image: Image.Image, *, vae_rule: ImageTransform, vit_rule: ImageTransform, patch_size: int, once: bool = False
 ) -> PreparedImage:
-    """Make the VAE's pixels and the ViT's patches of an RGB picture (see `open_image`).
+    """Make the VAE's pixels and the ViT's patches of an RGB picture (see `open_image`), in 8 bits both.
 
     The picture is resized by the VAE rule, and both rules are then applied to the result, as in the official inference
     code. `once=True` applies each rule to the picture itself, once, as the official benchmarks do.
@@ -308,11 +310,10 @@ def prepare_input(
     Raises ImageError for a picture that is not RGB, ValueError where the ViT rule's sides are no multiple of the patch.
     """
     first = resize(image, vae_rule)
-    vit_pixels = to_pixels(resize(image if once else first, vit_rule))
+    vit_levels = to_levels(resize(image if once else first, vit_rule))
     return PreparedImage(
         size=first.size,
-        vae_image=first if once else resize(first, vae_rule),
-        vit_pixels=vit_pixels,
-        vit_patches=patchify(vit_pixels, patch_size),
-        vit_grid=(vit_pixels.shape[1] // patch_size, vit_pixels.shape[2] // patch_size),
+        vae_levels=to_levels(first if once else resize(first, vae_rule)),
+        vit_patches=patchify(vit_levels, patch_size),
+        vit_grid=(vit_levels.shape[1] // patch_size, vit_levels.shape[2] // patch_size),
     )

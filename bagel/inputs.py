@@ -12,7 +12,7 @@ from PIL import Image
 from torch import Tensor
 
 from bagel.contexts import Entry, GuidanceContexts
-from bagel.image import open_image, patch_positions, patchify, prepare_input
+from bagel.image import in_unit, open_image, patch_positions, patchify, prepare_input
 from bagel.modeling import Bagel, MissingHalfError
 from bagel.modeling.decoding import DecodeSteps
 from bagel.options import THINK_GENERATE, THINK_UNDERSTAND, Options, Output, described
@@ -216,7 +216,7 @@ def _add_picture(parts: Parts, job: Job, picture: Image.Image, output: Output, *
     )
     if output == "image":
         width, height = prepared.size
-        latents = _encode(parts, job, prepared.vae_pixels, index)
+        latents = _encode(parts, job, prepared.vae_levels, index)
         tokens = patchify(latents, config.latent_patch_size)
         job.entries.append(Entry(LatentImage(tokens, parts.latent_cells(height, width)), "image"))
         job.size = height, width
@@ -238,7 +238,7 @@ def _encode(parts: Parts, job: Job, pixels: Tensor, index: int) -> Tensor:
         noise = noise.reshape(shape)
     elif options.posterior == "sample":
         noise = torch.randn(shape, generator=job.generator)
-    return vae.encode(pixels[None].to(parts.model.device), noise)[0]
+    return vae.encode(in_unit(pixels[None].to(parts.model.device)), noise)[0]
 
 
 def _output_size(parts: Parts, job: Job) -> tuple[int, int]:

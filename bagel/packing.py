@@ -15,6 +15,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from bagel.image import in_unit
+
 IGNORE = -100
 """Label of a text token that has no loss."""
 
@@ -41,7 +43,7 @@ class ViTImage:
     """A picture as the understanding expert sees it: full attention, one rotary position for the whole segment.
 
     Args:
-        patches: flattened pixels (n, 588) in [-1, 1].
+        patches: flattened pixels (n, 588), in [-1, 1] or, as they come, uint8.
         position_ids: cells of the ViT's position grid (n,), long, from `bagel.image.patch_positions`.
         end_label: for training, the id that the closing image token should predict.
     """
@@ -348,6 +350,12 @@ def _cat(tensors: list[Tensor], dtype: torch.dtype, *, width: int | None = None)
     return torch.empty((0,) if width is None else (0, width), dtype=dtype)
 
 
+def patches_of(images: Sequence[ViTImage]) -> list[Tensor]:
+    """Return the patches of every picture: all in 8 bits if they are so, else all in [-1, 1]."""
+    patches = [image.patches for image in images]
+    return patches if len({part.dtype for part in patches}) < 2 else [in_unit(part) for part in patches]
+
+
 def _pictures(name: str, tensors: list[Tensor]) -> Tensor:
     """Return the rows of all pictures, which must have one width."""
     widths = sorted({tensor.shape[1] for tensor in tensors})
@@ -363,7 +371,7 @@ def _finish(streams: _Streams, samples: tuple[PackedSample, ...], next_positions
     return Packed(
         text_ids=_cat(streams.text_ids, long),
         text_rows=_cat(streams.text_rows, long),
-        vit_patches=_pictures("patches", [image.patches for image in streams.vit]),
+        vit_patches=_pictures("patches", patches_of(streams.vit)),
         vit_position_ids=_cat([image.position_ids for image in streams.vit], long),
         vit_rows=_cat(streams.vit_rows, long),
         vit_lengths=tuple(image.patches.shape[0] for image in streams.vit),

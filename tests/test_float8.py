@@ -24,7 +24,7 @@ def test_a_large_bias_is_not_rounded_and_gates_are_multiplied_before():
     without = layer(x[:, :64]) - linear.bias
     linear.bias.data += 200.3
     torch.testing.assert_close(layer(x[:, :64]), without + linear.bias, rtol=0, atol=1e-4)
-    assert torch.equal(layer.of_gated(x), layer(gated(x)))
+    assert torch.equal(layer.of_gated(x, x[:, :32]), x[:, :32] + layer(gated(x)))
 
 
 @pytest.fixture

@@ -17,6 +17,7 @@ from PIL import Image
 from bagel.config import ImageTransform
 from bagel.image import (
     ImageError,
+    in_unit,
     open_image,
     patch_positions,
     patchify,
@@ -24,6 +25,7 @@ from bagel.image import (
     resize,
     resized_size,
     to_image,
+    to_levels,
     to_pixels,
     to_rgb,
     unpatchify,
@@ -83,10 +85,11 @@ def test_resize_gives_the_reference_levels(variant, name):
 def test_prepare_input_gives_the_reference_numbers(variant, name):
     wanted = golden(variant, "preprocess")
     prepared = prepare_input(golden_picture(variant, name), patch_size=14, **rules(variant))
-    torch.testing.assert_close(prepared.vae_pixels, wanted[f"{name}.vae_pixels"], rtol=0, atol=0)
-    torch.testing.assert_close(prepared.vit_pixels, wanted[f"{name}.vit_pixels"], rtol=0, atol=0)
+    torch.testing.assert_close(in_unit(prepared.vae_levels), wanted[f"{name}.vae_pixels"], rtol=0, atol=0)
+    patches = patchify(wanted[f"{name}.vit_pixels"], 14)
+    torch.testing.assert_close(in_unit(prepared.vit_patches), patches, rtol=0, atol=0)
     if name in ("landscape", "portrait"):
-        assert torch.equal(prepared.vit_patches, wanted[f"{name}.vit_patches"])
+        assert torch.equal(patches, wanted[f"{name}.vit_patches"])
     height, width, _ = wanted[f"{name}.vae_resized_uint8"].shape
     assert prepared.size == (width, height)
     _, vit_height, vit_width = wanted[f"{name}.vit_pixels"].shape
@@ -108,8 +111,8 @@ def test_prepare_input_once_applies_each_rule_to_the_picture_itself():
     image = golden_picture("tiny", "portrait")
     vae_rule, vit_rule = rules("tiny")["vae_rule"], rules("tiny")["vit_rule"]
     prepared = prepare_input(image, patch_size=14, once=True, vae_rule=vae_rule, vit_rule=vit_rule)
-    assert torch.equal(prepared.vae_pixels, to_pixels(resize(image, vae_rule)))
-    assert torch.equal(prepared.vit_pixels, to_pixels(resize(image, vit_rule)))
+    assert torch.equal(prepared.vae_levels, to_levels(resize(image, vae_rule)))
+    assert torch.equal(prepared.vit_patches, patchify(to_levels(resize(image, vit_rule)), 14))
     twice = prepare_input(image, patch_size=14, vae_rule=vae_rule, vit_rule=vit_rule)
     assert (prepared.vit_grid, twice.vit_grid) == ((9, 3), (10, 4))
     assert prepared.size == twice.size == (64, 176)
@@ -367,7 +370,7 @@ def test_tiny_and_long_pictures_are_prepared(size):
     prepared = prepare_input(image, patch_size=14, **rules("tiny"))
     rows, cols = prepared.vit_grid
     assert prepared.vit_patches.shape == (rows * cols, 588)
-    assert prepared.vae_pixels[0].eq(1).all()
+    assert in_unit(prepared.vae_levels)[0].eq(1).all()
 
 
 # Pictures that cannot be used -----------------------------------------------------------------------------------------

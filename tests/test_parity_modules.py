@@ -9,7 +9,7 @@ import torch
 from conftest import REFERENCE, assert_close, golden, load_model
 from safetensors import safe_open
 
-from bagel.image import open_image, patch_positions, patchify, prepare_input
+from bagel.image import in_unit, open_image, patch_positions, patchify, prepare_input
 from bagel.modeling.embeddings import sincos_table, timestep_features
 from bagel.packing import LatentImage, Text, ViTImage, pack
 
@@ -77,7 +77,7 @@ def segment(parts, variant: str, kind: str, what: str, posterior_noise):
         side = config.vit_max_num_patch_per_side
         cells = patch_positions(*prepared.vit_grid, side, interpolate=config.interpolate_pos)
         return ViTImage(prepared.vit_patches, cells)
-    latents = parts.vae.encode(prepared.vae_pixels[None], posterior_noise)[0]
+    latents = parts.vae.encode(in_unit(prepared.vae_levels)[None], posterior_noise)[0]
     width, height = prepared.size
     return LatentImage(patchify(latents, 2), parts.latent_cells(height, width))
 

@@ -13,12 +13,24 @@ from torch import OutOfMemoryError, Tensor, compiler, cuda, float64, is_grad_ena
 def fused(x: Tensor) -> ModuleType | None:
     """Return `bagel.kernels.triton_kernels` where its kernels take the place of torch's operations on x, else None.
 
-    That is on the current GPU, without gradients, in no wider type than float32, and not within what is compiled: a
-    compiler fuses the operations itself.
+    That is on the current GPU, without gradients, and in no wider type than float32. Within what is compiled it is
+    `bagel.kernels.operators`, if `let_compilers_use_kernels` has been called.
     """
-    if not x.is_cuda or is_grad_enabled() or compiler.is_compiling() or x.dtype == float64:
+    if not x.is_cuda or is_grad_enabled() or x.dtype == float64:
         return None
+    if compiler.is_compiling():
+        return _operators
     return _kernels(x.device.index) if x.device.index == cuda.current_device() else None
+
+
+_operators: ModuleType | None = None
+
+
+def let_compilers_use_kernels(gpu: int) -> None:
+    """Make kernels stand in what is compiled from now on, for a model on that GPU, the current one."""
+    global _operators
+    if _operators is None and _kernels(gpu) is not None:
+        _operators = importlib.import_module("bagel.kernels.operators")
 
 
 @functools.cache

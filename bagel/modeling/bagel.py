@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from bagel.config import BagelConfig
+from bagel.image import in_unit
 from bagel.modeling.cache import Context, KVCache
 from bagel.modeling.embeddings import Connector, PositionTable, TimestepEmbedder
 from bagel.modeling.mot import Attend, Decoder, Streams
@@ -78,12 +79,12 @@ class Bagel(nn.Module):
         return Context(KVCache(config, device=self.device, dtype=self.dtype, capacity=capacity, headroom=headroom))
 
     def embed_patches(self, patches: Tensor, position_ids: Tensor, lengths: tuple[int, ...]) -> Tensor:
-        """Return ViT tokens (n, H) of packed patches (n, 588): encoder, connector, sin-cos position."""
+        """Return ViT tokens (n, H) of packed patches (n, 588), see `ViTImage`: encoder, connector, sin-cos position."""
         if not self.config.visual_und:
             raise MissingHalfError(
                 "this model was built without its vision half: it cannot see pictures; build it with visual_und=True"
             )
-        features = self.connector(self.vit(patches, position_ids, lengths))
+        features = self.connector(self.vit(in_unit(patches), position_ids, lengths))
         return (features + self.vit_pos_embed(position_ids)).to(self.decoder.residual_dtype)
 
     def embed_latents(self, latents: Tensor, position_ids: Tensor, timesteps: Tensor) -> Tensor:

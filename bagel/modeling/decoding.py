@@ -14,7 +14,7 @@ from torch import Tensor
 from bagel.attention import attend_appended
 from bagel.modeling.bagel import Bagel
 from bagel.modeling.cache import Context
-from bagel.modeling.layers import Heads
+from bagel.modeling.layers import Heads, is_watched
 from bagel.modeling.mot import Streams
 
 SMALLEST, LARGEST = 1024, 32768
@@ -146,7 +146,7 @@ def can_capture(model: Bagel) -> bool:
     """Whether graphs can be made of a model: it is on the current GPU, and nobody watches its layers or casts them."""
     if model.device.type != "cuda" or model.device.index != torch.cuda.current_device():
         return False
-    watched = any(part._forward_hooks or part._forward_pre_hooks for part in model.decoder.modules())
+    watched = any(map(is_watched, model.decoder.modules()))
     return not watched and not torch.is_autocast_enabled("cuda")
 
 

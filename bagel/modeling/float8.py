@@ -12,13 +12,14 @@ from torch.nn.functional import ScalingType, scaled_mm
 
 from bagel.kernels import fused
 from bagel.modeling.bagel import Bagel, MissingHalfError
-from bagel.modeling.layers import gated
+from bagel.modeling.layers import RMSNorm, gated, is_watched
 from bagel.modeling.mot import DecoderLayer
 
 FORMAT = torch.float8_e4m3fn
 LARGEST = torch.finfo(FORMAT).max
 TINY = 1e-12
 """Smallest scale, so that a row of zeros can be divided by its own."""
+ROUNDING = {"largest": LARGEST, "tiny": TINY, "dtype": FORMAT}
 CAPABILITY = (8, 9)
 """The first CUDA compute capability that multiplies 8-bit floats."""
 
@@ -43,15 +44,27 @@ class Float8Linear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Map x (T, in) to (T, out) of its type; a single token on a GPU is not rounded itself."""
         if x.shape[0] == 1 and (kernels := fused(x)):
-            return kernels.matrix_times_vector(x, self.weight, scale=self.scale, plus=self.bias)
+            return kernels.matrix_times_vector(x, self.weight, scale=self.scale, bias=self.bias)
         return self._product(*rounded(x), x.dtype)
 
-    def of_gated(self, gate_up: Tensor) -> Tensor:
-        """Map silu(gate) * up of gate and up side by side (T, 2 in) to (T, out)."""
+    def of_normed(self, x: Tensor, norm: RMSNorm, plus: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Return x + plus (T, in), and what its norm is mapped to (T, out)."""
+        if x.shape[0] > 1 and x.dtype == norm.weight.dtype and not is_watched(norm) and (kernels := fused(x)):
+            if plus is not None:
+                x, *rows = kernels.add_rms_norm_round(x, plus, norm.weight, eps=norm.eps, **ROUNDING)
+            else:
+                rows = kernels.rms_norm_round(x, norm.weight, eps=norm.eps, **ROUNDING)
+            return x, self._product(*rows, x.dtype)
+        total, normed = norm.of_sum(x, plus)
+        return total, self(normed.to(norm.weight.dtype))
+
+    def of_gated(self, gate_up: Tensor, plus: Tensor | None) -> Tensor:
+        """Map silu(gate) * up of gate and up side by side (T, 2 in) to (T, out), and add plus."""
         if gate_up.shape[0] > 1 and (kernels := fused(gate_up)):
-            rows, scale = kernels.silu_mul_round(gate_up, largest=LARGEST, tiny=TINY, dtype=FORMAT)
-            return self._product(rows, scale, gate_up.dtype)
-        return self(gated(gate_up))
+            out = self._product(*kernels.silu_mul_round(gate_up, **ROUNDING), gate_up.dtype)
+        else:
+            out = self(gated(gate_up))
+        return out if plus is None else plus + out
 
     def _product(self, rows: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
         kind, bias = ScalingType.RowWise, self.bias
@@ -74,10 +87,10 @@ class Float8Linear(nn.Module):
 def rounded(x: Tensor) -> tuple[Tensor, Tensor]:
     """Return x (n, k) in 8 bits and the float32 scales (n, 1) of its rows."""
     if kernels := fused(x):
-        return kernels.round_rows(x, largest=LARGEST, tiny=TINY, dtype=FORMAT)
+        return kernels.round_rows(x, **ROUNDING)
     exact = x.float()
     scale = (exact.abs().amax(-1, keepdim=True) / LARGEST).clamp(min=TINY)
-    return (exact / scale).to(FORMAT), scale
+    return (exact * scale.reciprocal()).to(FORMAT), scale
 
 
 def round_linears(module: nn.Module) -> int:

@@ -31,6 +31,20 @@ class RMSNorm(nn.Module):
             return kernels.rms_norm(x, self.weight, eps=self.eps)
         return self.weight * F.rms_norm(x, self.weight.shape, eps=self.eps)
 
+    def of_sum(self, x: Tensor, plus: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Return x + plus (T, size), and its norm."""
+        if plus is None:
+            return x, self(x)
+        if x.dtype == self.weight.dtype and not is_watched(self) and (kernels := fused(x)):
+            return kernels.add_rms_norm(x, plus, self.weight, eps=self.eps)
+        total = x + plus
+        return total, self(total)
+
+
+def is_watched(module: nn.Module) -> bool:
+    """Whether somebody sees what enters or leaves a module when it is called, so that it has to be."""
+    return bool(module._forward_hooks or module._forward_pre_hooks)
+
 
 class Linear(nn.Linear):
     """A linear layer that reads its weight as fast as memory allows for a single token too, as in decoding."""
@@ -38,12 +52,24 @@ class Linear(nn.Linear):
     def forward(self, x: Tensor) -> Tensor:
         """Map x (T, in) to (T, out)."""
         if x.shape[0] == 1 and x.dtype == torch.bfloat16 and (kernels := fused(x)):
-            return kernels.matrix_times_vector(x, self.weight, plus=self.bias)
+            return kernels.matrix_times_vector(x, self.weight, bias=self.bias)
         return super().forward(x)
 
-    def of_gated(self, gate_up: Tensor) -> Tensor:
-        """Map silu(gate) * up of gate and up side by side (T, 2 in) to (T, out)."""
-        return self(gated(gate_up))
+    def of_gated(self, gate_up: Tensor, plus: Tensor | None) -> Tensor:
+        """Map silu(gate) * up of gate and up side by side (T, 2 in) to (T, out), and add plus, which may change."""
+        x = gated(gate_up)
+        if plus is not None and x.shape[0] > 1 and self.bias is None and x.dtype == plus.dtype and fused(x):
+            return plus.addmm_(x, self.weight.t())  # added where the product is stored
+        return _sum(self(x), plus)
+
+
+def of_normed(linear: nn.Module, x: Tensor, norm: RMSNorm, plus: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """Return x + plus (T, in), and what a linear layer maps its norm to (T, out)."""
+    own = getattr(linear, "of_normed", None)  # of a layer in 8-bit floats
+    if own is not None:
+        return own(x, norm, plus)
+    total, normed = norm.of_sum(x, plus)
+    return total, linear(normed.to(norm.weight.dtype))  # a float16 model keeps its residual stream in float32
 
 
 def gated(gate_up: Tensor) -> Tensor:
@@ -67,8 +93,8 @@ class Attention(nn.Module):
         self.k_norm = RMSNorm(self.head_dim, eps=config.rms_norm_eps) if config.qk_norm else None
 
     def project(self, x: Tensor, rotary: Rotary) -> Heads:
-        """Return rotated queries and keys, and values, of normed tokens x (T, H)."""
-        qkv = self.qkv_proj(x).unflatten(-1, (-1, self.head_dim))
+        """Return rotated queries and keys, and values, of projected tokens x (T, (Hq + 2 Hkv) D)."""
+        qkv = x.unflatten(-1, (-1, self.head_dim))
         qk, v = qkv.split([self.heads + self.kv_heads, self.kv_heads], dim=-2)
         # Queries and keys at once; norm and rotation in float32, rounded once just before attention.
         if kernels := fused(x):
@@ -100,15 +126,18 @@ class MLP(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Map tokens (T, H) to (T, H); float32 out of a float16 model, else the type of x."""
-        gate_up = self.gate_up_proj(x)
-        if x.dtype != torch.float16:
+        return self.of_gate_up(self.gate_up_proj(x))
+
+    def of_gate_up(self, gate_up: Tensor, plus: Tensor | None = None) -> Tensor:
+        """Finish what gate and up side by side (T, 2 I) begin, and add plus (T, H)."""
+        if gate_up.dtype != torch.float16:
             of_gated = getattr(self.down_proj, "of_gated", None)  # not there where something wraps the layer
-            return of_gated(gate_up) if of_gated else self.down_proj(gated(gate_up))
+            return of_gated(gate_up, plus) if of_gated else _sum(self.down_proj(gated(gate_up)), plus)
         # A few channels of this product exceed float16's 65504 in Qwen2.5: scale each token into [-1, 1] and back.
         gate, up = gate_up.chunk(2, dim=-1)
         product = F.silu(gate.float()) * up.float()
         scale = product.abs().amax(-1, keepdim=True).clamp(min=1.0)
-        return self.down_proj((product / scale).to(x.dtype)).float() * scale
+        return _sum(self.down_proj((product / scale).to(gate_up.dtype)).float() * scale, plus)
 
 
 class Expert(nn.Module):
@@ -132,15 +161,19 @@ class Expert(nn.Module):
         owner = self if self.own_attention else shared
         if _idle(x):
             return owner.attention.no_heads(like=owner.input_norm.weight)
-        return owner.attention.project(_for_linear(owner.input_norm(x), owner.input_norm), rotary)
+        return owner.attention.project(of_normed(owner.attention.qkv_proj, x, owner.input_norm)[1], rotary)
 
     def finish(self, x: Tensor, attended: Tensor, shared: Expert) -> Tensor:
         """Add the attention's result (T, Hq, D) and the MLP to the residual stream x (T, H)."""
         if _idle(x):
             return x
         owner = self if self.own_attention else shared
-        x = x + owner.attention.o_proj(attended.flatten(-2))
-        return x + self.mlp(_for_linear(owner.post_norm(x), owner.post_norm))
+        attended, norm = owner.attention.o_proj(attended.flatten(-2)), owner.post_norm
+        if is_watched(self.mlp):
+            x, normed = norm.of_sum(x, attended)
+            return x + self.mlp(normed.to(norm.weight.dtype))
+        x, gate_up = of_normed(self.mlp.gate_up_proj, x, norm, attended)
+        return self.mlp.of_gate_up(gate_up, plus=x)
 
 
 def compile_experts(module: nn.Module, *, backend: str = "inductor") -> None:
@@ -151,11 +184,10 @@ def compile_experts(module: nn.Module, *, backend: str = "inductor") -> None:
             part.finish = torch.compile(part.finish, dynamic=True, backend=backend)
 
 
+def _sum(out: Tensor, plus: Tensor | None) -> Tensor:
+    return out if plus is None else plus + out
+
+
 def _idle(x: Tensor) -> bool:
     """Whether an expert has no tokens, and no gradients that other processes wait for: then it need not run."""
     return x.shape[0] == 0 and not torch.is_grad_enabled()
-
-
-def _for_linear(x: Tensor, norm: RMSNorm) -> Tensor:
-    """Round to the weights' type: a float16 model keeps its residual stream in float32."""
-    return x.to(norm.weight.dtype)

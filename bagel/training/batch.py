@@ -11,10 +11,12 @@ from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor
 
-from bagel.packing import IGNORE, DroppedImage, Frames, LatentImage, Packed, Segment, Text, ViTImage
+from bagel.image import in_unit
+from bagel.packing import IGNORE, DroppedImage, Frames, LatentImage, Packed, Segment, Text, ViTImage, patches_of
 from bagel.training.samples import PixelImage
 from bagel.vae import Autoencoder
 
@@ -266,7 +268,7 @@ def _packed(
     return Packed(
         text_ids=_cat(pieces.text_ids, torch.long),
         text_rows=text_rows,
-        vit_patches=_patches(pieces.vit),
+        vit_patches=_cat(patches_of(pieces.vit), torch.float32, width=0),
         vit_position_ids=_cat([image.position_ids for image in pieces.vit], torch.long),
         vit_rows=(kinds == VIT).nonzero().flatten(),
         vit_lengths=tuple(image.patches.shape[0] for image in pieces.vit),
@@ -283,19 +285,6 @@ def _packed(
         samples=(),
         next_positions=next_positions,
     )
-
-
-def _patches(images: list[ViTImage]) -> Tensor:
-    """Return all patches, in 8 bits if all of them are."""
-    patches = [image.patches for image in images]
-    if len({part.dtype for part in patches}) > 1:
-        patches = [_unit(part) for part in patches]
-    return _cat(patches, torch.float32, width=0)
-
-
-def _unit(pixels: Tensor) -> Tensor:
-    """Return pixels in [-1, 1]: 8 bits are scaled, others are already."""
-    return pixels.float() / 127.5 - 1 if pixels.dtype == torch.uint8 else pixels
 
 
 def _cat(tensors: list[Tensor], dtype: torch.dtype, *, width: int | None = None) -> Tensor:
@@ -323,13 +312,18 @@ def on_device(batch: Batch, *, vae: Autoencoder | None, patch: int, generator: t
         patch: side of a latent token (`latent_patch_size`).
         generator: gives the posterior's noise of all pictures, then the flow's.
     """
-    packed = replace(batch.packed, vit_patches=_unit(batch.packed.vit_patches))
+    packed = replace(batch.packed, vit_patches=in_unit(batch.packed.vit_patches))
     if batch.pixels:
         if vae is None:
             raise ValueError("this batch holds pictures as pixels: give the trainer the autoencoder, or encode before")
         packed = replace(packed, latents=_encoded(batch, vae, patch, generator))
     shape, device = packed.latents.shape, packed.latents.device
     return noised(packed, torch.randn(shape, generator=generator, device=device))
+
+
+def _padding(count: int) -> int:
+    """Return how many pictures to add, an eighth at most, so that few different numbers come: cuDNN plans for each."""
+    return -count % max(1, 1 << (count.bit_length() - 4))
 
 
 @torch.no_grad()
@@ -339,7 +333,8 @@ def _encoded(batch: Batch, vae: Autoencoder, patch: int, generator: torch.Genera
         (count, _, height, width), down = pixels.shape, vae.config.downsample
         shape = (count, vae.config.z_channels, height // down, width // down)
         noise = torch.randn(shape, generator=generator, device=pixels.device)
-        z = vae.encode(_unit(pixels), noise).float()
+        padding = 0, 0, 0, 0, 0, 0, 0, _padding(count) if pixels.is_cuda else 0
+        z = vae.encode(F.pad(in_unit(pixels), padding), F.pad(noise, padding))[:count].float()
         tokens = rearrange(z, "b c (h p) (w q) -> b (h w) (p q c)", p=patch, q=patch)
         rows = starts[:, None] + torch.arange(tokens.shape[1], device=starts.device)
         latents = latents.index_copy(0, rows.flatten(), tokens[whose].flatten(0, 1))

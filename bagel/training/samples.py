@@ -273,7 +273,7 @@ class ItemMaker:
         prepared = prepare_input(
             open_image(image), vae_rule=config.vae_image_transform, vit_rule=vit_rule, patch_size=1
         )
-        return self._latent(prepared.vae_pixels, loss=loss, droppable=droppable)
+        return self._latent(prepared.vae_levels, loss=loss, droppable=droppable)
 
     def condition(self, image: Image.Image, *, droppable: bool = True) -> tuple[LatentItem, ViTItem]:
         """Return both views of an input picture, in the order in which a model gets them."""
@@ -287,8 +287,8 @@ class ItemMaker:
             patch_size=config.vit_config.patch_size,
         )
         cells = self._grid(*prepared.vit_grid, config.vit_max_num_patch_per_side)
-        seen = ViTItem(_to_bytes(prepared.vit_patches), cells, droppable)
-        return self._latent(prepared.vae_pixels, loss=False, droppable=droppable), seen
+        seen = ViTItem(prepared.vit_patches, cells, droppable)
+        return self._latent(prepared.vae_levels, loss=False, droppable=droppable), seen
 
     def frames(self, images: Sequence[Image.Image], deltas: Sequence[int], *, loss: bool = True) -> FramesItem:
         """Return the frames of a video as one split."""
@@ -302,15 +302,10 @@ class ItemMaker:
                 f"a picture of {width}x{height} pixels does not divide into latent tokens of {step} pixels"
             )
         cells = self._grid(height // step, width // step, self.config.max_latent_size)
-        return LatentItem(_to_bytes(pixels), cells, loss, droppable)
+        return LatentItem(pixels, cells, loss, droppable)
 
     def _grid(self, rows: int, cols: int, side: int) -> Tensor:
         key = rows, cols, side
         if key not in self._cells:
             self._cells[key] = patch_positions(rows, cols, side, interpolate=self.config.interpolate_pos)
         return self._cells[key]
-
-
-def _to_bytes(pixels: Tensor) -> Tensor:
-    """Return pixels in [-1, 1], made from 8 bits, as those 8 bits again."""
-    return ((pixels + 1) * 127.5).round().to(torch.uint8)

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.attention import sdpa_kernel
 from torch.utils.checkpoint import checkpoint
 
 from bagel.checkpoint import CheckpointError
@@ -26,7 +27,7 @@ from bagel.training.batch import on_device
 from bagel.training.config import TrainConfig
 from bagel.training.distributed import World, join, like, own, rejoined, whole
 from bagel.training.logs import Flops, Log, peak_flops
-from bagel.training.masks import attention_of
+from bagel.training.masks import KERNELS, attention_of
 from bagel.training.optimiser import Optimiser
 from bagel.training.stream import Data, Delivery, deliveries
 from bagel.training.weights import freeze, trainable
@@ -191,7 +192,7 @@ class Trainer:
         narrow = self.config.precision == "bfloat16"
         dtype = torch.bfloat16 if narrow else torch.float32
         attend = attention_of(batch.layout, kind=self.config.attention, dtype=dtype)
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=narrow):
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=narrow), sdpa_kernel(KERNELS):
             packed = on_device(batch, vae=self.vae, patch=self.model_config.latent_patch_size, generator=generator)
             return self.root(packed, attend)
 

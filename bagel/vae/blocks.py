@@ -6,6 +6,8 @@ so; kernels return channels-last pictures.
 
 from __future__ import annotations
 
+from types import ModuleType
+
 import torch
 import torch.nn.functional as F
 from einops import rearrange
@@ -19,11 +21,34 @@ def group_norm(channels: int) -> nn.GroupNorm:
     return nn.GroupNorm(32, channels, eps=1e-6)
 
 
-def norm_silu(norm: nn.GroupNorm, x: Tensor) -> Tensor:
-    """Return silu of the norm of x (B, C, H, W)."""
-    if x.dtype != torch.float32 and (kernels := fused(x)):
-        return kernels.group_norm_silu(x, norm.weight, norm.bias, groups=norm.num_groups, eps=norm.eps)
-    return F.silu(norm(x))
+def norm_silu(norm: nn.GroupNorm, x: Tensor, plus: Tensor | None = None) -> Tensor:
+    """Return silu of the norm of x (B, C, H, W), to which a bias (C,) is added first."""
+    if kernels := _kernels(x):
+        return kernels.group_norm_silu(x, norm.weight, norm.bias, groups=norm.num_groups, eps=norm.eps, plus=plus)
+    return F.silu(norm(_biased(x, plus)))
+
+
+def convolve(conv: nn.Conv2d, x: Tensor) -> tuple[Tensor, Tensor | None]:
+    """Return the convolution of x, and its bias where that is still to be added: kernels that follow do it for less."""
+    if _kernels(x):
+        return F.conv2d(x, conv.weight, None, conv.stride, conv.padding), conv.bias
+    return conv(x), None
+
+
+def add(x: Tensor, y: Tensor, bias: Tensor | None) -> Tensor:
+    """Return x + y, both (B, C, H, W), plus a bias (C,)."""
+    if bias is not None and (kernels := _kernels(x)):
+        return kernels.add_biased(x, y, bias)
+    return x + _biased(y, bias)
+
+
+def _kernels(x: Tensor) -> ModuleType | None:
+    """Return the kernels for what is added up in float32 and rounded: not for float32 itself, the exact reference."""
+    return None if x.dtype == torch.float32 else fused(x)
+
+
+def _biased(x: Tensor, bias: Tensor | None) -> Tensor:
+    return x if bias is None else x + bias[:, None, None]
 
 
 class ResidualBlock(nn.Module):
@@ -40,9 +65,9 @@ class ResidualBlock(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Return the block's output."""
-        h = self.conv1(norm_silu(self.norm1, x))
-        h = self.conv2(norm_silu(self.norm2, h))
-        return self.nin_shortcut(x) + h
+        h, bias = convolve(self.conv1, norm_silu(self.norm1, x))
+        h, bias = convolve(self.conv2, norm_silu(self.norm2, h, plus=bias))
+        return add(self.nin_shortcut(x), h, bias)
 
 
 class AttentionBlock(nn.Module):

@@ -20,15 +20,19 @@ from bagel.options import THINK_GENERATE
 from bagel.training import ItemMaker
 from bagel.training.samples import Item
 
-WEIGHTS = {"t2i1": 2, "t2i2": 8, "t2i3": 10, "caption": 8, "qa": 14, "edit": 56, "think": 5, "frames": 32}
+WEIGHTS = {"t2i1": 2, "t2i2": 6, "t2i3": 7, "caption": 5, "qa": 14, "edit": 78, "think": 4, "frames": 26}
 """How often each task is drawn: most often those that take longest to learn."""
+CHANGED = {"recolor": 3, "move": 2, "add": 1, "remove": 2, "background": 3}
+"""How often an edit is of each kind."""
+EDITS_DRAWN = 2
+"""Edits drawn for one to learn, of which that with more shapes is taken: there is more to mistake."""
 DROPPED = {"t2i1": 0.1, "t2i2": 0.1, "t2i3": 0.1, "think": 0.15, "edit": 0.4, "frames": 0.5}
 """How often the texts of a task are left out.
 
 Guidance amplifies the difference that the text makes, mistakes of the model without it included.
 """
 PICTURES_DROPPED = 0.1
-"""How often all pictures to edit or to continue are left out."""
+"""How often all pictures to edit or to continue are left out, and the text is there."""
 WORDINGS = {"full": 2, "brief": 2, "relation": 6, "count": 4}
 """How often a caption is worded so: those that leave open what stands where take longer to learn."""
 TOPICS = {"yes_no": 6, "kind": 4, "place": 3, "count": 3, "color": 2, "size": 2, "background": 1}
@@ -59,6 +63,10 @@ class Shapes:
         if self.task.startswith("t2i"):
             wordings = DETAILS[self.task]
             (detail,) = rng.choices(wordings, [WORDINGS[name] for name in wordings])
+        if self.task == "edit":
+            (detail,) = rng.choices(list(CHANGED), list(CHANGED.values()))
+            drawn = [sample(rng, "edit", side=self.side, detail=detail) for _ in range(EDITS_DRAWN)]
+            return max(drawn, key=lambda example: len(example.scenes[0].objects))
         return sample(rng, "video" if self.task == "frames" else self.task, side=self.side, detail=detail)
 
     def items(self, example: Example, rng: random.Random) -> Sequence[Item]:
@@ -73,7 +81,7 @@ class Shapes:
     def text_to_image(self, example: Example, rng: random.Random) -> list[Item]:
         """Caption, then the picture to learn."""
         (caption,), (picture,) = example.inputs, example.outputs
-        return [*self.told(caption, rng), *self.targets(picture)]
+        return [*self.given([], caption, rng), *self.targets(picture)]
 
     def caption(self, example: Example, rng: random.Random) -> list[Item]:
         """Picture and request, then the caption to learn; a question sees the picture through the ViT only."""
@@ -92,7 +100,7 @@ class Shapes:
     def edit(self, example: Example, rng: random.Random) -> list[Item]:
         """Picture (as latents and through the ViT) and instruction, then the changed picture to learn."""
         picture, instruction = example.inputs
-        return [*self.shown([picture], rng), *self.told(instruction, rng), *self.targets(example.outputs[0])]
+        return [*self.given([picture], instruction, rng), *self.targets(example.outputs[0])]
 
     def think(self, example: Example, rng: random.Random) -> list[Item]:
         """System prompt, prompt, the plan to learn, the picture to learn.
@@ -108,18 +116,18 @@ class Shapes:
         """Three frames in a row, then the fourth to learn."""
         first = rng.randrange(len(example.outputs) - SHOWN_FRAMES)
         frames = example.outputs[first : first + SHOWN_FRAMES + 1]
-        return [*self.shown(frames[:-1], rng), *self.told(NEXT_FRAME, rng), *self.targets(frames[-1])]
+        return [*self.given(frames[:-1], NEXT_FRAME, rng), *self.targets(frames[-1])]
 
     def targets(self, picture: Image.Image) -> list[Item]:
         """Return the picture to learn; the copies do not see one another."""
         return [self.maker.latent(picture, loss=True)] * TARGETS
 
-    def told(self, text: str, rng: random.Random) -> list[Item]:
-        """Return the text of a task, left out now and then."""
-        return [] if rng.random() < DROPPED[self.task] else [self.maker.text(text)]
+    def given(self, pictures: Sequence[Image.Image], text: str, rng: random.Random) -> list[Item]:
+        """Return both views of each input picture, then the text; one or the other is left out now and then.
 
-    def shown(self, pictures: Sequence[Image.Image], rng: random.Random) -> list[Item]:
-        """Return both views of each input picture; now and then all pictures are left out, as guidance does."""
-        if rng.random() < PICTURES_DROPPED:
-            return []
-        return [view for picture in pictures for view in self.maker.condition(picture, droppable=False)]
+        Both together never are: guidance has no such branch.
+        """
+        left_out = rng.random()
+        shown = [] if left_out < PICTURES_DROPPED else pictures
+        told = [] if left_out >= 1 - DROPPED[self.task] else [self.maker.text(text)]
+        return [*(view for picture in shown for view in self.maker.condition(picture, droppable=False)), *told]

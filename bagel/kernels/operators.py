@@ -1,0 +1,77 @@
+"""The kernels that experts use as operators of torch, which torch.compile calls as they are: its own were slower.
+
+For each the shapes of its results; see `bagel.kernels.triton_kernels` for what it computes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.library import custom_op
+
+from bagel.kernels import triton_kernels
+
+
+def _operator(kernel: Callable[..., Any], like: Callable[..., Any]) -> Callable[..., Any]:
+    """Return a kernel as an operator; `like` takes the same arguments and returns empty tensors like its results."""
+    operator = custom_op(f"bagel::{kernel.__name__}", kernel, mutates_args=())
+    operator.register_fake(like)
+    return operator
+
+
+def _norm_rotate(
+    qk: Tensor, q_weight: Tensor | None, k_weight: Tensor | None, cos: Tensor, sin: Tensor, q_heads: int, eps: float
+) -> tuple[Tensor, Tensor]:
+    weights = None if q_weight is None or k_weight is None else (q_weight, k_weight)
+    return triton_kernels.norm_rotate(qk, weights, (cos, sin), q_heads=q_heads, eps=eps)
+
+
+_rotated = _operator(
+    _norm_rotate,
+    lambda qk, q_weight, k_weight, cos, sin, q_heads, eps: (
+        qk.new_empty(qk.shape[0], q_heads, qk.shape[2]),
+        qk.new_empty(qk.shape[0], qk.shape[1] - q_heads, qk.shape[2]),
+    ),
+)
+
+
+def norm_rotate(
+    qk: Tensor, weights: tuple[Tensor, Tensor] | None, rotary: tuple[Tensor, Tensor], *, q_heads: int, eps: float
+) -> tuple[Tensor, Tensor]:
+    """See `triton_kernels.norm_rotate`; operators take no tuples."""
+    return _rotated(qk, *(weights or (None, None)), *rotary, q_heads, eps)
+
+
+def _rounded(x: Tensor, width: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    return x.new_empty(x.shape[0], width, dtype=dtype), x.new_empty(x.shape[0], 1, dtype=torch.float32)
+
+
+def _like(x: Tensor) -> Tensor:
+    return torch.empty_like(x, memory_format=torch.contiguous_format)
+
+
+rms_norm = _operator(triton_kernels.rms_norm, lambda x, weight, *, eps: _like(x))
+add_rms_norm = _operator(triton_kernels.add_rms_norm, lambda x, plus, weight, *, eps: (_like(x), _like(x)))
+rms_norm_round = _operator(
+    triton_kernels.rms_norm_round,
+    lambda x, weight, *, eps, largest, tiny, dtype: _rounded(x, x.shape[1], dtype),
+)
+add_rms_norm_round = _operator(
+    triton_kernels.add_rms_norm_round,
+    lambda x, plus, weight, *, eps, largest, tiny, dtype: (_like(x), *_rounded(x, x.shape[1], dtype)),
+)
+round_rows = _operator(triton_kernels.round_rows, lambda x, *, largest, tiny, dtype: _rounded(x, x.shape[1], dtype))
+silu_mul = _operator(
+    triton_kernels.silu_mul, lambda gate_up: gate_up.new_empty(gate_up.shape[0], gate_up.shape[1] // 2)
+)
+silu_mul_round = _operator(
+    triton_kernels.silu_mul_round,
+    lambda gate_up, *, largest, tiny, dtype: _rounded(gate_up, gate_up.shape[1] // 2, dtype),
+)
+matrix_times_vector = _operator(
+    triton_kernels.matrix_times_vector,
+    lambda x, weight, scale=None, bias=None: x.new_empty(1, weight.shape[0]),
+)

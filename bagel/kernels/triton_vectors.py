@@ -1,0 +1,165 @@
+"""What decoding does to a single token of each text, bound by reading weights, keys and values."""
+
+# pyright: reportMissingImports=false, reportIndexIssue=false
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+LARGE = 2**25
+"""Values of a weight from which four of its rows are multiplied by a vector at a time, not two: as was fastest."""
+KEYS_A_PROGRAM = 256
+"""Keys that one program attends to, so that long texts keep many processors busy."""
+
+
+def matrix_times_vector(
+    x: Tensor,
+    weight: Tensor,
+    scale: Tensor | None = None,
+    bias: Tensor | None = None,
+) -> Tensor:
+    """Return x (1, in) times the rows of a weight (out, in), plus a bias, in the type of x; x and weight contiguous.
+
+    Bound by reading the weight, so x stays as it is beside one of 8-bit floats: nothing is lost to rounding it.
+
+    Args:
+        x: a single token.
+        weight: of any type.
+        scale: of each row of the weight, (out, 1) float32.
+        bias: (out,), added last.
+    """
+    (rows, width), out = weight.shape, x.new_empty(1, weight.shape[0])
+    some = 4 if rows * width > LARGE else 2
+    _matrix_times_vector[(triton.cdiv(rows, some),)](
+        x,
+        weight,
+        scale,
+        bias,
+        out,
+        rows,
+        width,
+        SOME=some,
+        BLOCK=1024 if width > rows else 512,
+        SCALED=scale is not None,
+        BIASED=bias is not None,
+        num_warps=2,
+    )
+    return out
+
+
+@triton.jit
+def _matrix_times_vector(
+    x, weight, scale, bias, out, rows, width,
+    SOME: tl.constexpr, BLOCK: tl.constexpr, SCALED: tl.constexpr, BIASED: tl.constexpr,
+):  # fmt: skip
+    row = (tl.program_id(0) * SOME + tl.arange(0, SOME)).to(tl.int64)
+    sums = tl.zeros((SOME, BLOCK), dtype=tl.float32)
+    for start in range(0, width, BLOCK):
+        column = start + tl.arange(0, BLOCK)
+        inside = column < width
+        here = (row < rows)[:, None] & inside[None, :]
+        part = tl.load(weight + row[:, None] * width + column[None, :], mask=here, other=0.0).to(tl.float32)
+        sums += part * tl.load(x + column, mask=inside, other=0.0).to(tl.float32)[None, :]
+    total = tl.sum(sums, axis=1)
+    if SCALED:
+        total *= tl.load(scale + row, mask=row < rows, other=0.0)
+    if BIASED:
+        total += tl.load(bias + row, mask=row < rows, other=0.0).to(tl.float32)
+    tl.store(out + row, total.to(out.dtype.element_ty), mask=row < rows)
+
+
+def can_attend(q: Tensor) -> bool:
+    """Whether `attend_appended` has a kernel for such queries: half precision, channels as matrix units take them."""
+    return q.dtype in (torch.bfloat16, torch.float16) and q.shape[-1] in (16, 32, 64, 128, 256)
+
+
+def attend_appended(q: Tensor, k: Tensor, v: Tensor, keys: Tensor, values: Tensor, lengths: Tensor) -> Tensor:
+    """Append one token to each text and attend from it; arguments and result as `bagel.attention.attend_appended`."""
+    (texts, heads, size), (_, capacity, kv_heads, _) = q.shape, keys.shape
+    group, parts = heads // kv_heads, triton.cdiv(capacity, KEYS_A_PROGRAM)
+    sums = q.new_empty(texts, heads, parts, size, dtype=torch.float32)
+    logs = q.new_empty(texts, heads, parts, 2, dtype=torch.float32)
+    _attend_part[(parts, kv_heads, texts)](
+        q,
+        k,
+        v,
+        keys,
+        values,
+        lengths,
+        sums,
+        logs,
+        q.stride(0),
+        k.stride(0),
+        v.stride(0),
+        capacity,
+        parts,
+        kv_heads,
+        group,
+        size**-0.5,
+        SIZE=size,
+        ROWS=max(16, triton.next_power_of_2(group)),
+        KEYS=KEYS_A_PROGRAM,
+        BLOCK=64,
+    )
+    out = torch.empty_like(q, memory_format=torch.contiguous_format)
+    most = triton.next_power_of_2(parts)
+    _join_parts[(heads, texts)](sums, logs, lengths, out, heads, parts, SIZE=size, KEYS=KEYS_A_PROGRAM, MOST=most)
+    return out
+
+
+@triton.jit
+def _attend_part(
+    q, k, v, keys, values, lengths, sums, logs, q_stride, k_stride, v_stride,
+    capacity, parts, kv_heads, group, scale,
+    SIZE: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    part, head, text = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
+    length = tl.load(lengths + text)
+    if part * KEYS > length:
+        return
+    row, lane = tl.arange(0, ROWS), tl.arange(0, SIZE)
+    here = (row < group)[:, None]
+    queries = tl.load(q + text * q_stride + (head * group + row)[:, None] * SIZE + lane[None, :], mask=here, other=0.0)
+    new_key = tl.load(k + text * k_stride + head * SIZE + lane)[None, :]
+    new_value = tl.load(v + text * v_stride + head * SIZE + lane)[None, :]
+    most = tl.full((ROWS,), float("-inf"), tl.float32)
+    total = tl.zeros((ROWS,), tl.float32)
+    seen = tl.zeros((ROWS, SIZE), tl.float32)
+    for start in range(part * KEYS, min((part + 1) * KEYS, length + 1), BLOCK):
+        index = start + tl.arange(0, BLOCK)
+        old, new = (index < length)[:, None], (index == length)[:, None]
+        at = ((text * capacity + index)[:, None] * kv_heads + head) * SIZE + lane[None, :]
+        key = tl.where(new, new_key, tl.load(keys + at, mask=old, other=0.0))
+        value = tl.where(new, new_value, tl.load(values + at, mask=old, other=0.0))
+        tl.store(keys + at, key, mask=new)
+        tl.store(values + at, value, mask=new)
+        scores = tl.where((index <= length)[None, :], tl.dot(queries, tl.trans(key)) * scale, float("-inf"))
+        higher = tl.maximum(most, tl.max(scores, axis=1))
+        weights = tl.exp(scores - higher[:, None])
+        less = tl.exp(most - higher)
+        total = total * less + tl.sum(weights, axis=1)
+        seen = seen * less[:, None] + tl.dot(weights.to(value.dtype), value)
+        most = higher
+    place = (text * kv_heads * group + head * group + row) * parts + part
+    tl.store(sums + place[:, None] * SIZE + lane[None, :], seen, mask=here)
+    tl.store(logs + place * 2, most, mask=row < group)
+    tl.store(logs + place * 2 + 1, total, mask=row < group)
+
+
+@triton.jit
+def _join_parts(
+    sums, logs, lengths, out, heads, parts, SIZE: tl.constexpr, KEYS: tl.constexpr, MOST: tl.constexpr
+):  # fmt: skip
+    head, text = tl.program_id(0), tl.program_id(1).to(tl.int64)
+    part, lane = tl.arange(0, MOST), tl.arange(0, SIZE)
+    done = part * KEYS <= tl.load(lengths + text)
+    place = (text * heads + head) * parts + part
+    most = tl.load(logs + place * 2, mask=done, other=float("-inf"))
+    weight = tl.exp(most - tl.max(most, axis=0))
+    total = tl.sum(weight * tl.load(logs + place * 2 + 1, mask=done, other=0.0), axis=0)
+    seen = tl.load(sums + place[:, None] * SIZE + lane[None, :], mask=done[:, None], other=0.0)
+    seen = tl.sum(seen * weight[:, None], axis=0) / total
+    tl.store(out + (text * heads + head) * SIZE + lane, seen.to(out.dtype.element_ty))

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -197,14 +198,14 @@ def to_pixels(image: Image.Image) -> Tensor:
 
     Raises ImageError for a picture of another mode.
     """
-    return in_unit(to_levels(image))
+    return in_unit(to_levels(image).contiguous())
 
 
 def to_levels(image: Image.Image) -> Tensor:
     """Return the pixels of an RGB picture as they are, uint8 (3, H, W); raises as `to_pixels`."""
     if image.mode != "RGB":
         raise ImageError(f"pixels are taken from an RGB picture, got mode {image.mode}; open it with open_image")
-    return torch.from_numpy(np.array(image)).permute(2, 0, 1).contiguous()  # (H, W, 3) -> (3, H, W)
+    return torch.from_numpy(np.array(image)).permute(2, 0, 1)  # (H, W, 3) -> (3, H, W), as it lies in memory
 
 
 def in_unit(pixels: Tensor) -> Tensor:
@@ -291,12 +292,16 @@ class PreparedImage:
 
     size: tuple[int, int]
     """(width, height) in pixels after the VAE rule: the size of an edit of this picture."""
-    vae_levels: Tensor
-    """What the autoencoder gets, uint8 (3, H, W); see `in_unit`."""
+    vae_image: Image.Image
     vit_patches: Tensor
     """What the ViT gets, uint8 (rows * cols, patch_size * patch_size * 3); see `in_unit`."""
     vit_grid: tuple[int, int]
     """(rows, cols) of ViT patches."""
+
+    @cached_property
+    def vae_levels(self) -> Tensor:
+        """What the autoencoder gets, uint8 (3, H, W), see `in_unit`; made when asked for: a question never does."""
+        return to_levels(self.vae_image).contiguous()
 
 
 def prepare_input(
@@ -313,7 +318,7 @@ def prepare_input(
     vit_levels = to_levels(resize(image if once else first, vit_rule))
     return PreparedImage(
         size=first.size,
-        vae_levels=to_levels(first if once else resize(first, vae_rule)),
+        vae_image=first if once else resize(first, vae_rule),
         vit_patches=patchify(vit_levels, patch_size),
         vit_grid=(vit_levels.shape[1] // patch_size, vit_levels.shape[2] // patch_size),
     )

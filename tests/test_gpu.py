@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import copy
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 
 import pytest
 import torch
+import torch.nn.functional as F
 from conftest import REFERENCE, assert_close, golden_json, load_model
 from test_parity_pipeline import load_case
 
@@ -16,13 +18,14 @@ from bagel import BAGEL_7B, BagelPipeline
 from bagel.answering import decode
 from bagel.attention import attend_appended, attention
 from bagel.contexts import Entry
+from bagel.demo import CHECKPOINT
 from bagel.drawing import plan_flow
 from bagel.modeling.float8 import Float8Linear
 from bagel.modeling.layers import Expert
 from bagel.modeling.rope import rotary_table
 from bagel.options import make_options
 from bagel.sampling import TextSampling, euler, next_tokens
-from bagel.vae.blocks import doubled, group_norm, norm_silu
+from bagel.vae.blocks import ResidualBlock, doubled, group_norm, norm_silu
 from benchmarks.weights import filled
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")]
@@ -84,6 +87,18 @@ def test_backends_agree_with_the_exact_reference(backend, causal, dtype):
     exact = attention(q, k, v, causal=causal, backend="reference")
     unit = torch.finfo(dtype).eps
     assert_close(attention(q, k, v, causal=causal, backend=backend), exact, relative=2 * unit)
+
+
+@pytest.mark.parametrize("float8", [False, True])
+def test_what_is_compiled_uses_the_same_kernels(float8):
+    pipe = BagelPipeline.from_pretrained(CHECKPOINT, device="cuda", dtype=torch.bfloat16)
+    if float8:
+        pipe.use_float8(und=True)
+    draw = lambda: pipe.text_to_image("a red star", num_timesteps=6, seed=3, progress=False).latents  # noqa: E731
+    wanted = draw()
+    pipe.compile()
+    assert bagel.kernels._operators is not None
+    assert_close(draw(), wanted, relative=SEVERAL_ROUNDINGS[torch.bfloat16])
 
 
 def test_float16_stays_finite_and_near_float32_on_the_gpu():
@@ -213,13 +228,23 @@ def test_kernels_of_the_experts_are_their_plain_operations(monkeypatch, name, to
         assert_close(found, wanted, relative=SEVERAL_ROUNDINGS[dtype])
 
 
+@torch.no_grad()
 @pytest.mark.parametrize(("mean", "spread"), [(3.0, 2.0), (91.5, 0.0), (80.0, 0.5)])
 @pytest.mark.parametrize("size", [(16, 16), (9, 21), (96, 168)])
-def test_the_kernel_of_the_autoencoders_norm_is_the_plain_one(monkeypatch, size, mean, spread):
+def test_the_kernel_of_the_autoencoders_norm_is_exact(size, mean, spread):
     norm = filled(group_norm(96), torch.device("cuda")).to(torch.bfloat16)
     x = (mean + spread * drawn(2, 96, *size)).to(torch.bfloat16)
-    found, wanted = plain(monkeypatch, lambda: norm_silu(norm, x))
-    assert_close(found, wanted, relative=SEVERAL_ROUNDINGS[torch.bfloat16])
+    exact = F.silu(copy.deepcopy(norm).double()(x.double()))
+    assert_close(norm_silu(norm, x), exact, relative=SEVERAL_ROUNDINGS[torch.bfloat16])
+    bias = drawn(96, dtype=torch.bfloat16)
+    exact = F.silu(norm.double()(x.double() + bias.double()[:, None, None]))
+    assert_close(norm_silu(norm.to(torch.bfloat16), x, bias), exact, relative=SEVERAL_ROUNDINGS[torch.bfloat16])
+
+
+def test_a_residual_block_with_kernels_is_the_plain_one(monkeypatch):
+    block = filled(ResidualBlock(64, 96), torch.device("cuda")).to(torch.bfloat16)
+    x = drawn(2, 64, 24, 40, dtype=torch.bfloat16)
+    assert_close(*plain(monkeypatch, lambda: block(x)), relative=SEVERAL_ROUNDINGS[torch.bfloat16])
 
 
 def test_a_doubled_picture_is_the_plain_one(monkeypatch):
@@ -252,7 +277,7 @@ def test_kernels_of_8_bit_layers_are_their_plain_operations(monkeypatch, tokens)
         linear = filled(torch.nn.Linear(2048, 272), torch.device("cuda")).to(torch.bfloat16)
     x = drawn(tokens, 2048, dtype=torch.bfloat16)
     layer, gate_up = Float8Linear(linear), drawn(tokens, 4096, dtype=torch.bfloat16)
-    found, wanted = plain(monkeypatch, lambda: (layer(x), layer.of_gated(gate_up)))
+    found, wanted = plain(monkeypatch, lambda: (layer(x), layer.of_gated(gate_up, None)))
     # A single token is not rounded by the kernel: what 8 bits lose is the difference, 3.9e-2.
     assert_close(found[0], wanted[0], relative=6e-2 if tokens == 1 else SEVERAL_ROUNDINGS[torch.bfloat16])
     # A product that another rounding moved to the next of the 8-bit floats moves by 2**-3 at most: 1.9e-2 in the sums.

@@ -58,6 +58,14 @@ def test_text_is_causal_with_a_position_for_each_token():
     assert packed.latents.shape[0] == packed.vit_patches.shape[0] == 0
 
 
+def test_patches_of_8_bits_stay_so_and_are_scaled_beside_others():
+    levels = ViTImage(torch.tensor([[0, 51, 255, 204]], dtype=torch.uint8), torch.zeros(1, dtype=torch.long))
+    floats = ViTImage(torch.tensor([[-0.6, 0.2, 0.0, 1.0]]), torch.zeros(1, dtype=torch.long))
+    assert torch.equal(packed_of([levels]).vit_patches, levels.patches)
+    both = packed_of([levels, floats]).vit_patches
+    torch.testing.assert_close(both, torch.tensor([[-1.0, -0.6, 1.0, 0.6], [-0.6, 0.2, 0.0, 1.0]]))
+
+
 def test_vit_image_has_one_position_and_full_attention():
     packed = packed_of([text(7, 8), vit(3), text(9)])
     assert packed.text_ids.tolist() == [7, 8, START, END, 9]

@@ -15,6 +15,7 @@ from bagel.checkpoint import CheckpointError
 from bagel.training import TrainConfig, freeze, part_of, state
 from bagel.training.batch import on_device
 from bagel.training.masks import attention_of
+from bagel.training.optimiser import Muon
 from bagel.training.stream import Stream
 from bagel.training.trainer import SummedLosses
 
@@ -114,6 +115,26 @@ def test_muon_steps_along_orthogonal_matrices_as_far_as_adamw(tmp_path):
     assert scales[9] > 0.7
     embedding = after["decoder.embed_tokens.weight"] - before["decoder.embed_tokens.weight"]
     assert embedding.abs().max() == pytest.approx(1e-3, rel=1e-2)  # AdamW's first step
+
+
+def test_muon_moves_matrices_together_as_torch_moves_each():
+    def matrices() -> list[torch.nn.Parameter]:
+        generator = torch.Generator().manual_seed(0)
+        shapes = [(12, 8), (8, 12), (12, 8), (6, 6)]
+        return [torch.nn.Parameter(torch.randn(shape, generator=generator)) for shape in shapes]
+
+    together, each = matrices(), matrices()
+    settings = {"lr": 0.01, "weight_decay": 0.05, "adjust_lr_fn": "match_rms_adamw"}
+    ours, wanted = Muon(together, **settings), torch.optim.Muon(each, **settings)
+    generator = torch.Generator().manual_seed(1)
+    for step in range(3):
+        for number, (a, b) in enumerate(zip(together, each, strict=True)):
+            a.grad = b.grad = None if step == number == 2 else torch.randn(a.shape, generator=generator)
+        ours.step()
+        wanted.step()
+    for a, b in zip(together, each, strict=True):
+        assert torch.equal(a, b)
+        assert torch.equal(ours.state[a]["momentum_buffer"], wanted.state[b]["momentum_buffer"])
 
 
 def test_muon_without_matrices_of_layers_is_an_error(tmp_path):

@@ -68,6 +68,14 @@ def coverage(kind: str, center: Point, radius: float, side: int) -> np.ndarray:
     `center` and `radius` in pixels (pixel 0 spans 0 to 1). Returns (side, side) in [0, 1]: exact along a row, and the
     mean of `ROWS_PER_PIXEL` rows down a pixel. What lies outside the picture is cut off.
     """
+    top, left, filled = _covered(kind, center, radius, side)
+    alpha = np.zeros((side, side))
+    alpha[top : top + filled.shape[0], left : left + filled.shape[1]] = filled
+    return alpha
+
+
+def _covered(kind: str, center: Point, radius: float, side: int) -> tuple[int, int, np.ndarray]:
+    """Return the part of `coverage` that holds the shape, and the row and column where that begins."""
     reach = REACH * radius
     left, right = (int(np.clip(v, 0, side)) for v in (math.floor(center[0] - reach), math.ceil(center[0] + reach)))
     top, bottom = (int(np.clip(v, 0, side)) for v in (math.floor(center[1] - reach), math.ceil(center[1] + reach)))
@@ -75,15 +83,13 @@ def coverage(kind: str, center: Point, radius: float, side: int) -> np.ndarray:
     x, signs = _crossings(kind, (rows - center[1]) / radius)
     to_the_right = np.arange(left + 1, right + 1) - (center[0] + radius * x)[..., None]  # (E, R, W)
     filled = np.tensordot(signs, np.clip(to_the_right, 0, 1), axes=1)  # (R, W)
-    alpha = np.zeros((side, side))
-    alpha[top:bottom, left:right] = filled.reshape(bottom - top, ROWS_PER_PIXEL, right - left).mean(axis=1)
-    return alpha
+    return top, left, filled.reshape(bottom - top, ROWS_PER_PIXEL, right - left).mean(axis=1)
 
 
 @functools.lru_cache(maxsize=1024)
-def _placed(kind: str, size: str, center: Point, side: int) -> np.ndarray:
-    """Coverage of a shape at a named place: the same few hundred arrays serve every scene."""
-    return coverage(kind, (center[0] * side, center[1] * side), SIZES[size] * side, side)
+def _placed(kind: str, size: str, center: Point, side: int) -> tuple[int, int, np.ndarray]:
+    """`_covered` of a shape at a named place: the same few hundred arrays serve every scene."""
+    return _covered(kind, (center[0] * side, center[1] * side), SIZES[size] * side, side)
 
 
 def render(scene: Scene, *, side: int = 64, centers: Sequence[Point] | None = None) -> Image.Image:
@@ -100,9 +106,10 @@ def render(scene: Scene, *, side: int = 64, centers: Sequence[Point] | None = No
     pixels = np.tile(np.array(BACKGROUNDS[scene.background], dtype=np.float64), (side, side, 1))
     for i, shape in enumerate(scene.objects):
         if centers is None:
-            alpha = _placed(shape.kind, shape.size, shape.center, side)
+            top, left, alpha = _placed(shape.kind, shape.size, shape.center, side)
         else:
             x, y = centers[i]
-            alpha = coverage(shape.kind, (x * side, y * side), SIZES[shape.size] * side, side)
-        pixels += alpha[..., None] * (np.array(COLORS[shape.color]) - pixels)
+            top, left, alpha = _covered(shape.kind, (x * side, y * side), SIZES[shape.size] * side, side)
+        box = pixels[top : top + alpha.shape[0], left : left + alpha.shape[1]]
+        box += alpha[..., None] * (np.array(COLORS[shape.color]) - box)
     return Image.fromarray(np.rint(pixels).astype(np.uint8))

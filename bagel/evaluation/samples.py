@@ -101,9 +101,10 @@ def _question(rng: random.Random, task: str, split: str, side: int, detail: str 
             return Example(task, inputs, (question.answer,), (scene,), detail=question.about)
 
 
-def _edit(rng: random.Random, task: str, split: str, side: int, detail: str | None) -> Example:
+def _edit(rng: random.Random, task: str, split: str, side: int, detail: str | None, *, at_least: int = 1) -> Example:
     change = detail or rng.choice(CHANGES)
     counts = {"add": (1, 2), "remove": (2, 3)}.get(change, (1, 2, 3))
+    counts = [count for count in counts if count >= min(at_least, counts[-1])]
     while True:
         done = edit(rng, random_scene(rng, objects=rng.choice(counts), split=split), change=change)
         if split_of(done.after) == split:
@@ -149,17 +150,27 @@ _MAKE = {
 
 
 def sample(
-    rng: random.Random, task: str, split: str = "train", *, side: int = 64, detail: str | None = None
+    rng: random.Random,
+    task: str,
+    split: str = "train",
+    *,
+    side: int = 64,
+    detail: str | None = None,
+    at_least: int | None = None,
 ) -> Example:
     """Draw one example of a task from a split; the same seed gives the same example.
 
-    `detail` asks for one of `DETAILS[task]`; any by default. An edit's scenes before and after are both of the split.
+    `detail` asks for one of `DETAILS[task]`; any by default. An edit's scenes before and after are both of the split,
+    and there are `at_least` so many shapes before, or as many as the change allows.
+
     Raises ValueError for a task, split or detail that does not exist.
     """
     if task not in _MAKE:
         raise ValueError(f"task must be one of {', '.join(TASKS)}, got {task!r}")
     if detail is not None and detail not in DETAILS.get(task, ()):
         raise ValueError(f"detail of task {task} must be one of {', '.join(DETAILS.get(task, ()))}, got {detail!r}")
+    if task == "edit" and at_least is not None:
+        return _edit(rng, task, split, side, detail, at_least=at_least)
     return _MAKE[task](rng, task, split, side, detail)
 
 

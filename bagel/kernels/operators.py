@@ -15,9 +15,12 @@ from torch.library import custom_op
 from bagel.kernels import triton_kernels
 
 
-def _operator(kernel: Callable[..., Any], like: Callable[..., Any]) -> Callable[..., Any]:
-    """Return a kernel as an operator; `like` takes the same arguments and returns empty tensors like its results."""
-    operator = custom_op(f"bagel::{kernel.__name__}", kernel, mutates_args=())
+def _operator(kernel: Callable[..., Any], like: Callable[..., Any], *, changes: str = "") -> Callable[..., Any]:
+    """Return a kernel as an operator; `like` takes the same arguments and returns empty tensors like its results.
+
+    `changes`: the argument that it changes, if any.
+    """
+    operator = custom_op(f"bagel::{kernel.__name__}", kernel, mutates_args=(changes,) if changes else ())
     operator.register_fake(like)
     return operator
 
@@ -64,6 +67,7 @@ add_rms_norm_round = _operator(
     lambda x, plus, weight, *, eps, largest, tiny, dtype: (_like(x), *_rounded(x, x.shape[1], dtype)),
 )
 round_rows = _operator(triton_kernels.round_rows, lambda x, *, largest, tiny, dtype: _rounded(x, x.shape[1], dtype))
+add_product = _operator(triton_kernels.add_product, lambda plus, x, weight: None, changes="plus")
 silu_mul = _operator(
     triton_kernels.silu_mul, lambda gate_up: gate_up.new_empty(gate_up.shape[0], gate_up.shape[1] // 2)
 )
@@ -73,5 +77,5 @@ silu_mul_round = _operator(
 )
 matrix_times_vector = _operator(
     triton_kernels.matrix_times_vector,
-    lambda x, weight, scale=None, bias=None: x.new_empty(1, weight.shape[0]),
+    lambda x, weight, scale=None, bias=None, plus=None: x.new_empty(1, weight.shape[0]),
 )

@@ -10,6 +10,7 @@ import torch
 
 from bagel.kernels.triton_pictures import add_biased, doubled, group_norm_silu
 from bagel.kernels.triton_rows import (
+    add_product,
     add_rms_norm,
     add_rms_norm_round,
     norm_rotate,
@@ -23,6 +24,7 @@ from bagel.kernels.triton_vectors import attend_appended, can_attend, matrix_tim
 
 __all__ = [
     "add_biased",
+    "add_product",
     "add_rms_norm",
     "add_rms_norm_round",
     "attend_appended",

@@ -4,13 +4,31 @@
 
 from __future__ import annotations
 
+import functools
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 VALUES_A_WARP = 1024
 """Values of a row that the threads of a warp hold, 32 each, until there are sixteen warps."""
+
+
+@functools.cache
+def early() -> dict[str, bool]:
+    """Return the options with which a kernel starts while the one before it ends, where GPUs can: from Hopper on."""
+    able = torch.version.cuda is not None and torch.cuda.is_available() and torch.cuda.get_device_capability()[0] >= 9
+    return {"EARLY": True, "launch_pdl": True} if able else {"EARLY": False}
+
+
+@triton.jit
+def wait(EARLY: tl.constexpr):
+    """Let the next kernel start, and wait for all that the one before has written: first of all in a kernel."""
+    if EARLY:
+        gdc_launch_dependents()
+        gdc_wait()
 
 
 def rms_norm(x: Tensor, weight: Tensor, *, eps: float) -> Tensor:
@@ -65,6 +83,7 @@ def _normed(
             ADDS=plus is not None,
             ROUNDS=rounds,
             num_warps=_warps(block),
+            **early(),
         )
     return total, out, scale
 
@@ -72,8 +91,9 @@ def _normed(
 @triton.jit
 def _rms_norm(
     x, plus, weight, total, out, scale, width, eps, largest, tiny,
-    BLOCK: tl.constexpr, ADDS: tl.constexpr, ROUNDS: tl.constexpr,
+    BLOCK: tl.constexpr, ADDS: tl.constexpr, ROUNDS: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
+    wait(EARLY)
     row = tl.program_id(0).to(tl.int64)
     column = tl.arange(0, BLOCK)
     at, inside = row * width + column, column < width
@@ -129,6 +149,7 @@ def norm_rotate(
             HEADS=triton.next_power_of_2(heads),
             LANES=triton.next_power_of_2(size // 2),
             NORM=weights is not None,
+            **early(),
         )
     return q, k
 
@@ -136,8 +157,9 @@ def norm_rotate(
 @triton.jit
 def _norm_rotate(
     x, q, k, q_weight, k_weight, cos, sin, stride, heads, q_heads, half, eps,
-    HEADS: tl.constexpr, LANES: tl.constexpr, NORM: tl.constexpr,
+    HEADS: tl.constexpr, LANES: tl.constexpr, NORM: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
+    wait(EARLY)
     row = tl.program_id(0).to(tl.int64)
     head, lane = tl.arange(0, HEADS)[:, None], tl.arange(0, LANES)[None, :]
     here, inside = (head < heads) & (lane < half), lane < half
@@ -169,16 +191,22 @@ def silu_mul(gate_up: Tensor) -> Tensor:
     out = gate_up.new_empty(tokens, width)
     block = min(1024, triton.next_power_of_2(width))
     if tokens:
-        _silu_mul[(tokens, triton.cdiv(width, block))](gate_up, out, width, BLOCK=block)
+        _silu_mul[(tokens, triton.cdiv(width, block))](gate_up, out, width, BLOCK=block, **early())
     return out
 
 
 @triton.jit
-def _silu_mul(x, out, width, BLOCK: tl.constexpr):
+def _silu_mul(x, out, width, BLOCK: tl.constexpr, EARLY: tl.constexpr):
+    wait(EARLY)
     row = tl.program_id(0).to(tl.int64)
     column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     product = _gated(x + row * 2 * width, column, width)
     tl.store(out + row * width + column, product.to(out.dtype.element_ty), mask=column < width)
+
+
+def add_product(plus: Tensor, x: Tensor, weight: Tensor) -> None:
+    """Add x (T, in) times the rows of a weight (out, in) to plus (T, out) in place, where the product is stored."""
+    plus.addmm_(x, weight.t())
 
 
 def round_rows(x: Tensor, *, largest: float, tiny: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:

@@ -9,10 +9,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-LARGE = 2**25
-"""Values of a weight from which four of its rows are multiplied by a vector at a time, not two: as was fastest."""
-KEYS_A_PROGRAM = 256
-"""Keys that one program attends to, so that long texts keep many processors busy."""
+from bagel.kernels.triton_rows import early, wait
+
+NARROW = 8192
+"""Columns of a weight up to which all of a row's loads are begun before any is waited for."""
+KEYS, MOST_PARTS = (64, 512), 64
+"""Keys that one program attends to: so many that a cache has no more parts than this, within those bounds."""
 
 
 def matrix_times_vector(
@@ -20,6 +22,7 @@ def matrix_times_vector(
     weight: Tensor,
     scale: Tensor | None = None,
     bias: Tensor | None = None,
+    plus: Tensor | None = None,
 ) -> Tensor:
     """Return x (1, in) times the rows of a weight (out, in), plus a bias, in the type of x; x and weight contiguous.
 
@@ -29,46 +32,64 @@ def matrix_times_vector(
         x: a single token.
         weight: of any type.
         scale: of each row of the weight, (out, 1) float32.
-        bias: (out,), added last.
+        bias: (out,).
+        plus: (1, out), added to the rounded sum.
     """
     (rows, width), out = weight.shape, x.new_empty(1, weight.shape[0])
-    some = 4 if rows * width > LARGE else 2
+    narrow = width <= NARROW
+    some, block, warps = (4, 512, 1) if narrow else (2, 1024, 2)  # as was fastest
     _matrix_times_vector[(triton.cdiv(rows, some),)](
         x,
         weight,
         scale,
         bias,
+        plus,
         out,
         rows,
-        width,
+        WIDTH=width,
         SOME=some,
-        BLOCK=1024 if width > rows else 512,
+        BLOCK=block,
+        NARROW=narrow,
         SCALED=scale is not None,
         BIASED=bias is not None,
-        num_warps=2,
+        ADDS=plus is not None,
+        num_warps=warps,
+        **early(),
     )
     return out
 
 
 @triton.jit
 def _matrix_times_vector(
-    x, weight, scale, bias, out, rows, width,
-    SOME: tl.constexpr, BLOCK: tl.constexpr, SCALED: tl.constexpr, BIASED: tl.constexpr,
+    x, weight, scale, bias, plus, out, rows, WIDTH: tl.constexpr, SOME: tl.constexpr, BLOCK: tl.constexpr,
+    NARROW: tl.constexpr, SCALED: tl.constexpr, BIASED: tl.constexpr, ADDS: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
     row = (tl.program_id(0) * SOME + tl.arange(0, SOME)).to(tl.int64)
     sums = tl.zeros((SOME, BLOCK), dtype=tl.float32)
-    for start in range(0, width, BLOCK):
-        column = start + tl.arange(0, BLOCK)
-        inside = column < width
-        here = (row < rows)[:, None] & inside[None, :]
-        part = tl.load(weight + row[:, None] * width + column[None, :], mask=here, other=0.0).to(tl.float32)
-        sums += part * tl.load(x + column, mask=inside, other=0.0).to(tl.float32)[None, :]
+    wait(EARLY)
+    if NARROW:
+        for part in tl.static_range((WIDTH + BLOCK - 1) // BLOCK):
+            sums += _products(x, weight, row, rows, part * BLOCK + tl.arange(0, BLOCK), WIDTH)
+    else:
+        for start in range(0, WIDTH, BLOCK):
+            sums += _products(x, weight, row, rows, start + tl.arange(0, BLOCK), WIDTH)
     total = tl.sum(sums, axis=1)
     if SCALED:
         total *= tl.load(scale + row, mask=row < rows, other=0.0)
     if BIASED:
         total += tl.load(bias + row, mask=row < rows, other=0.0).to(tl.float32)
+    if ADDS:
+        total = total.to(out.dtype.element_ty).to(tl.float32)
+        total += tl.load(plus + row, mask=row < rows, other=0.0).to(tl.float32)
     tl.store(out + row, total.to(out.dtype.element_ty), mask=row < rows)
+
+
+@triton.jit
+def _products(x, weight, row, rows, column, WIDTH: tl.constexpr):
+    inside = column < WIDTH
+    here = (row < rows)[:, None] & inside[None, :]
+    some = tl.load(weight + row[:, None] * WIDTH + column[None, :], mask=here, other=0.0).to(tl.float32)
+    return some * tl.load(x + column, mask=inside, other=0.0).to(tl.float32)[None, :]
 
 
 def can_attend(q: Tensor) -> bool:
@@ -79,7 +100,8 @@ def can_attend(q: Tensor) -> bool:
 def attend_appended(q: Tensor, k: Tensor, v: Tensor, keys: Tensor, values: Tensor, lengths: Tensor) -> Tensor:
     """Append one token to each text and attend from it; arguments and result as `bagel.attention.attend_appended`."""
     (texts, heads, size), (_, capacity, kv_heads, _) = q.shape, keys.shape
-    group, parts = heads // kv_heads, triton.cdiv(capacity, KEYS_A_PROGRAM)
+    group, own = heads // kv_heads, min(max(KEYS[0], triton.next_power_of_2(capacity // MOST_PARTS)), KEYS[1])
+    parts = triton.cdiv(capacity, own)
     sums = q.new_empty(texts, heads, parts, size, dtype=torch.float32)
     logs = q.new_empty(texts, heads, parts, 2, dtype=torch.float32)
     _attend_part[(parts, kv_heads, texts)](
@@ -101,12 +123,13 @@ def attend_appended(q: Tensor, k: Tensor, v: Tensor, keys: Tensor, values: Tenso
         size**-0.5,
         SIZE=size,
         ROWS=max(16, triton.next_power_of_2(group)),
-        KEYS=KEYS_A_PROGRAM,
+        KEYS=own,
         BLOCK=64,
+        **early(),
     )
     out = torch.empty_like(q, memory_format=torch.contiguous_format)
     most = triton.next_power_of_2(parts)
-    _join_parts[(heads, texts)](sums, logs, lengths, out, heads, parts, SIZE=size, KEYS=KEYS_A_PROGRAM, MOST=most)
+    _join_parts[(heads, texts)](sums, logs, lengths, out, heads, parts, SIZE=size, KEYS=own, MOST=most, **early())
     return out
 
 
@@ -114,8 +137,9 @@ def attend_appended(q: Tensor, k: Tensor, v: Tensor, keys: Tensor, values: Tenso
 def _attend_part(
     q, k, v, keys, values, lengths, sums, logs, q_stride, k_stride, v_stride,
     capacity, parts, kv_heads, group, scale,
-    SIZE: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr, BLOCK: tl.constexpr,
+    SIZE: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr, BLOCK: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
+    wait(EARLY)
     part, head, text = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
     length = tl.load(lengths + text)
     if part * KEYS > length:
@@ -151,8 +175,10 @@ def _attend_part(
 
 @triton.jit
 def _join_parts(
-    sums, logs, lengths, out, heads, parts, SIZE: tl.constexpr, KEYS: tl.constexpr, MOST: tl.constexpr
+    sums, logs, lengths, out, heads, parts,
+    SIZE: tl.constexpr, KEYS: tl.constexpr, MOST: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
+    wait(EARLY)
     head, text = tl.program_id(0), tl.program_id(1).to(tl.int64)
     part, lane = tl.arange(0, MOST), tl.arange(0, SIZE)
     done = part * KEYS <= tl.load(lengths + text)

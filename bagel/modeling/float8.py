@@ -51,17 +51,22 @@ class Float8Linear(nn.Module):
         """Return x + plus (T, in), and what its norm is mapped to (T, out)."""
         if x.shape[0] > 1 and x.dtype == norm.weight.dtype and not is_watched(norm) and (kernels := fused(x)):
             if plus is not None:
-                x, *rows = kernels.add_rms_norm_round(x, plus, norm.weight, eps=norm.eps, **ROUNDING)
+                x, rows, scale = kernels.add_rms_norm_round(x, plus, norm.weight, eps=norm.eps, **ROUNDING)
             else:
-                rows = kernels.rms_norm_round(x, norm.weight, eps=norm.eps, **ROUNDING)
-            return x, self._product(*rows, x.dtype)
+                rows, scale = kernels.rms_norm_round(x, norm.weight, eps=norm.eps, **ROUNDING)
+            return x, self._product(rows, scale, x.dtype)
         total, normed = norm.of_sum(x, plus)
         return total, self(normed.to(norm.weight.dtype))
 
     def of_gated(self, gate_up: Tensor, plus: Tensor | None) -> Tensor:
         """Map silu(gate) * up of gate and up side by side (T, 2 in) to (T, out), and add plus."""
-        if gate_up.shape[0] > 1 and (kernels := fused(gate_up)):
-            out = self._product(*kernels.silu_mul_round(gate_up, **ROUNDING), gate_up.dtype)
+        kernels = fused(gate_up)
+        if kernels and gate_up.shape[0] == 1:
+            x = kernels.silu_mul(gate_up)
+            return kernels.matrix_times_vector(x, self.weight, scale=self.scale, bias=self.bias, plus=plus)
+        if kernels:
+            rows, scale = kernels.silu_mul_round(gate_up, **ROUNDING)
+            out = self._product(rows, scale, gate_up.dtype)
         else:
             out = self(gated(gate_up))
         return out if plus is None else plus + out

@@ -5,6 +5,8 @@ Shapes: T tokens of the expert, H hidden, Hq query heads, Hkv key/value heads, D
 
 from __future__ import annotations
 
+from types import ModuleType
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -51,16 +53,25 @@ class Linear(nn.Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         """Map x (T, in) to (T, out)."""
-        if x.shape[0] == 1 and x.dtype == torch.bfloat16 and (kernels := fused(x)):
+        if kernels := self._of_one(x):
             return kernels.matrix_times_vector(x, self.weight, bias=self.bias)
         return super().forward(x)
 
     def of_gated(self, gate_up: Tensor, plus: Tensor | None) -> Tensor:
         """Map silu(gate) * up of gate and up side by side (T, 2 in) to (T, out), and add plus, which may change."""
         x = gated(gate_up)
-        if plus is not None and x.shape[0] > 1 and self.bias is None and x.dtype == plus.dtype and fused(x):
-            return plus.addmm_(x, self.weight.t())  # added where the product is stored
-        return _sum(self(x), plus)
+        if plus is None or is_watched(self):
+            return _sum(self(x), plus)
+        if kernels := self._of_one(x):
+            return kernels.matrix_times_vector(x, self.weight, bias=self.bias, plus=plus)
+        if self.bias is None and x.dtype == plus.dtype and (kernels := fused(x)):
+            kernels.add_product(plus, x, self.weight)
+            return plus
+        return plus + self(x)
+
+    def _of_one(self, x: Tensor) -> ModuleType | None:
+        """Return the kernels where x is a single token for which they are faster."""
+        return fused(x) if x.shape[0] == 1 and x.dtype == torch.bfloat16 else None
 
 
 def of_normed(linear: nn.Module, x: Tensor, norm: RMSNorm, plus: Tensor | None = None) -> tuple[Tensor, Tensor]:

@@ -21,7 +21,7 @@ Kind = Literal["dense", "flex"]
 STEP = 16
 """Dense lengths are multiples of this: what the fused kernels like."""
 KERNELS = [SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
-"""Kernels for training, where every batch has new shapes: cuDNN's needs a plan for each, 50 ms against a step of 70."""
+"""Kernels for training, where every batch has new shapes: cuDNN's needs a plan for each, tens of milliseconds."""
 BLOCK = 128
 """Side of a flex block."""
 

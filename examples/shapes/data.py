@@ -20,12 +20,12 @@ from bagel.options import THINK_GENERATE
 from bagel.training import ItemMaker
 from bagel.training.samples import Item
 
-WEIGHTS = {"t2i1": 2, "t2i2": 6, "t2i3": 7, "caption": 5, "qa": 14, "edit": 78, "think": 4, "frames": 26}
+WEIGHTS = {"t2i1": 2, "t2i2": 6, "t2i3": 7, "caption": 5, "qa": 16, "edit": 72, "think": 4, "frames": 32}
 """How often each task is drawn: most often those that take longest to learn."""
-CHANGED = {"recolor": 3, "move": 2, "add": 1, "remove": 2, "background": 3}
+CHANGED = {"recolor": 3, "move": 4, "add": 1, "remove": 2, "background": 4}
 """How often an edit is of each kind."""
-EDITS_DRAWN = 2
-"""Edits drawn for one to learn, of which that with more shapes is taken: there is more to mistake."""
+SEVERAL = 0.6
+"""How often an edit is of no fewer than two shapes, of three if possible: there is more to mistake."""
 DROPPED = {"t2i1": 0.1, "t2i2": 0.1, "t2i3": 0.1, "think": 0.15, "edit": 0.4, "frames": 0.5}
 """How often the texts of a task are left out.
 
@@ -55,7 +55,7 @@ class Shapes:
         """Return the items of one random example."""
         if self.task == "qa":
             return self.chat(random_scene(rng, objects=rng.choice((1, 2, 3))), rng)
-        return self.items(self.example(rng), rng)
+        return self.shown(self.example(rng), rng)
 
     def example(self, rng: random.Random) -> Example:
         """Return one random example, its pictures drawn."""
@@ -65,13 +65,16 @@ class Shapes:
             (detail,) = rng.choices(wordings, [WORDINGS[name] for name in wordings])
         if self.task == "edit":
             (detail,) = rng.choices(list(CHANGED), list(CHANGED.values()))
-            drawn = [sample(rng, "edit", side=self.side, detail=detail) for _ in range(EDITS_DRAWN)]
-            return max(drawn, key=lambda example: len(example.scenes[0].objects))
+            at_least = rng.choice((2, 3)) if rng.random() < SEVERAL else 1
+            return sample(rng, "edit", side=self.side, detail=detail, at_least=at_least)
         return sample(rng, "video" if self.task == "frames" else self.task, side=self.side, detail=detail)
 
     def items(self, example: Example, rng: random.Random) -> Sequence[Item]:
-        """Return the items of an example, in words drawn afresh."""
-        example = reworded(rng, example, WORDINGS)
+        """Return the items of an example that was kept, in words drawn afresh."""
+        return self.shown(reworded(rng, example, WORDINGS), rng)
+
+    def shown(self, example: Example, rng: random.Random) -> Sequence[Item]:
+        """Return the items of an example as it is."""
         if self.task.startswith("t2i"):
             return self.text_to_image(example, rng)
         return {"caption": self.caption, "edit": self.edit, "think": self.think, "frames": self.frames}[self.task](

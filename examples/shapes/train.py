@@ -124,7 +124,7 @@ def train_model(args: argparse.Namespace) -> None:
         image_tokens=(tokenizer.image_start_id, tokenizer.image_end_id),
         token_budget=args.tokens,
         weights=WEIGHTS,
-        seed=8,
+        seed=args.seed,
         streams=1 if args.pool else 48,
     )
     train = dataclasses.replace(MODEL, workers=args.workers, save_every=args.save_every, **args.set)
@@ -157,6 +157,7 @@ def main() -> None:
         if name == "model":
             command.add_argument("--vae", type=Path, required=True)
             command.add_argument("--tokens", type=int, default=65536, help="tokens of a step (default 65536)")
+            command.add_argument("--seed", type=int, default=8, help="of the samples (default 8)")
             command.add_argument("--pool", type=Path, help="draw from pictures encoded ahead")
             command.add_argument("--time-limit", type=float, help="save and stop after so many seconds")
     command = commands.add_parser("pool")

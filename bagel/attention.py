@@ -22,6 +22,8 @@ HOPPER = 9
 """Major CUDA compute capability of the GPUs that FlashAttention 3 is written for."""
 PICTURE_SIZED = 2**20
 """Queries times keys from which cuDNN's kernel is worth the planning that it needs for each new shape."""
+HALF, SIZES = (torch.bfloat16, torch.float16), (16, 32, 64, 128, 256)
+"""Types, and channels of a head, that the kernel for appended tokens takes, as matrix units do."""
 KERNELS = [
     SDPBackend.CUDNN_ATTENTION,
     SDPBackend.FLASH_ATTENTION,
@@ -118,8 +120,8 @@ def attend_appended(q: Tensor, k: Tensor, v: Tensor, keys: Tensor, values: Tenso
     Returns:
         (B, Hq, D) in the type of `q`.
     """
-    if (kernels := fused(q)) and kernels.can_attend(q):
-        return kernels.attend_appended(q, k, v, keys, values, lengths)
+    if q.dtype in HALF and q.shape[-1] in SIZES and (attend := fused("attend_appended", q)):
+        return attend(q, k, v, keys, values, lengths)
     rows, last = torch.arange(q.shape[0], device=q.device), lengths.long()
     keys[rows, last], values[rows, last] = k, v
     seen = torch.arange(keys.shape[1], device=q.device) <= last[:, None]  # (B, capacity)

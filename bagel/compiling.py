@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+import torch
+
 from bagel.inputs import Parts
 from bagel.kernels import let_compilers_use_kernels
 from bagel.modeling.layers import Expert, compile_experts
@@ -20,9 +22,9 @@ def compile_parts(parts: Parts, use: Callable[[], object], *, backend: str) -> N
     Raises:
         RuntimeError: it did not work. Whatever is raised, nothing is compiled then.
     """
-    device = parts.model.device
-    if device.type == "cuda" and device.index is not None:
-        let_compilers_use_kernels(device.index)
+    if parts.model.device.type == "cuda":
+        with torch.cuda.device(parts.model.device):
+            let_compilers_use_kernels()
     compile_experts(parts.model, backend=backend)
     try:
         use()

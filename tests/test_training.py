@@ -12,7 +12,7 @@ from training_world import CONFIG, SOURCES, Generated, run_two_processes, toy_da
 
 from bagel import BagelPipeline
 from bagel.checkpoint import CheckpointError
-from bagel.training import TrainConfig, freeze, part_of, state
+from bagel.training import TrainConfig, freeze, optimiser, part_of, state
 from bagel.training.batch import on_device
 from bagel.training.masks import attention_of
 from bagel.training.optimiser import Muon
@@ -117,15 +117,18 @@ def test_muon_steps_along_orthogonal_matrices_as_far_as_adamw(tmp_path):
     assert embedding.abs().max() == pytest.approx(1e-3, rel=1e-2)  # AdamW's first step
 
 
-def test_muon_moves_matrices_together_as_torch_moves_each():
+@pytest.mark.parametrize("most", [optimiser.TOGETHER, 96, 1])
+def test_muon_moves_matrices_together_as_torch_moves_each(monkeypatch, most):
+    monkeypatch.setattr(optimiser, "TOGETHER", most)
+
     def matrices() -> list[torch.nn.Parameter]:
         generator = torch.Generator().manual_seed(0)
         shapes = [(12, 8), (8, 12), (12, 8), (6, 6)]
         return [torch.nn.Parameter(torch.randn(shape, generator=generator)) for shape in shapes]
 
     together, each = matrices(), matrices()
-    settings = {"lr": 0.01, "weight_decay": 0.05, "adjust_lr_fn": "match_rms_adamw"}
-    ours, wanted = Muon(together, **settings), torch.optim.Muon(each, **settings)
+    ours = Muon(together, lr=0.01, weight_decay=0.05)
+    wanted = torch.optim.Muon(each, lr=0.01, weight_decay=0.05, adjust_lr_fn="match_rms_adamw")
     generator = torch.Generator().manual_seed(1)
     for step in range(3):
         for number, (a, b) in enumerate(zip(together, each, strict=True)):

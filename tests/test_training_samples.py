@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from bagel.image import patchify
 from bagel.modeling.plan import plan_packed
 from bagel.packing import IGNORE, DroppedImage, Frames, LatentImage, Text, ViTImage, pack
-from bagel.training.batch import Batch, collate, noised, on_device
+from bagel.training.batch import Batch, collate, noised, on_device, padding
 from bagel.training.masks import DenseAttention, FlexAttention, _fused, _grouped, attention_of
 from bagel.training.samples import (
     Dropout,
@@ -346,6 +346,12 @@ def test_pixels_are_encoded_in_their_rows_and_noise_makes_the_velocity():
     assert torch.equal(packed.latents[:6], torch.ones(6, 64))
     assert_close(packed.latents[6:], (1 - t) * z + t * noise[6:])
     assert_close(packed.velocity, noise[6:] - z)
+
+
+def test_few_numbers_of_pictures_are_encoded():
+    sizes = [count + padding(count) for count in range(1, 1025)]
+    assert all(count <= size <= 9 / 8 * count for count, size in enumerate(sizes, 1))
+    assert len(set(sizes)) == 8 + 7 * 8 + 1
 
 
 def test_a_picture_shown_twice_is_encoded_once():

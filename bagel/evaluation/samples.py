@@ -163,13 +163,15 @@ def sample(
     `detail` asks for one of `DETAILS[task]`; any by default. An edit's scenes before and after are both of the split,
     and there are `at_least` so many shapes before, or as many as the change allows.
 
-    Raises ValueError for a task, split or detail that does not exist.
+    Raises ValueError for a task, split or detail that does not exist, and `at_least` for another task.
     """
     if task not in _MAKE:
         raise ValueError(f"task must be one of {', '.join(TASKS)}, got {task!r}")
     if detail is not None and detail not in DETAILS.get(task, ()):
         raise ValueError(f"detail of task {task} must be one of {', '.join(DETAILS.get(task, ()))}, got {detail!r}")
-    if task == "edit" and at_least is not None:
+    if at_least is not None:
+        if task != "edit":
+            raise ValueError(f"at_least is for edits, got task {task!r}")
         return _edit(rng, task, split, side, detail, at_least=at_least)
     return _MAKE[task](rng, task, split, side, detail)
 

@@ -5,31 +5,46 @@ from __future__ import annotations
 import functools
 import importlib
 import warnings
+from collections.abc import Callable
 from types import ModuleType
+from typing import Any
 
-from torch import OutOfMemoryError, Tensor, compiler, cuda, float64, is_grad_enabled
+from torch import OutOfMemoryError, Tensor, compiler, cuda, float64, is_grad_enabled, nn
 
 
-def fused(x: Tensor) -> ModuleType | None:
-    """Return `bagel.kernels.triton_kernels` where its kernels take the place of torch's operations on x, else None.
+def fused(name: str, x: Tensor) -> Callable[..., Any] | None:
+    """Return the kernel of that name where it takes the place of torch's operations on x, else None.
 
-    That is on the current GPU, without gradients, and in no wider type than float32. Within what is compiled it is
-    `bagel.kernels.operators`, if `let_compilers_use_kernels` has been called.
+    That is on the current GPU, without gradients, and in no wider type than float32. Kernels are those of
+    `bagel.kernels.triton_kernels`; in what is compiled, those of `bagel.kernels.operators`, where
+    `let_compilers_use_kernels` has been called.
     """
     if not x.is_cuda or is_grad_enabled() or x.dtype == float64:
         return None
     if compiler.is_compiling():
-        return _operators
-    return _kernels(x.device.index) if x.device.index == cuda.current_device() else None
+        return getattr(_operators, name, None)
+    kernels = _kernels(x.device.index) if x.device.index == cuda.current_device() else None
+    return None if kernels is None else getattr(kernels, name)
+
+
+def is_watched(module: nn.Module) -> bool:
+    """Whether hooks see what enters or leaves a module when it is called."""
+    hooks = module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
+    return bool(hooks)
+
+
+def is_plain(module: nn.Module, kind: type[nn.Module]) -> bool:
+    """Whether a kernel may do what calling a module does: it is exactly of that class, and nothing sees the call."""
+    return type(module) is kind and "forward" not in module.__dict__ and not is_watched(module)
 
 
 _operators: ModuleType | None = None
 
 
-def let_compilers_use_kernels(gpu: int) -> None:
-    """Make kernels stand in what is compiled from now on, for a model on that GPU, the current one."""
+def let_compilers_use_kernels() -> None:
+    """Make kernels stand in what is compiled from now on, if they can be built for the current GPU."""
     global _operators
-    if _operators is None and _kernels(gpu) is not None:
+    if _operators is None and _kernels(cuda.current_device()) is not None:
         _operators = importlib.import_module("bagel.kernels.operators")
 
 

@@ -20,7 +20,7 @@ from bagel.kernels.triton_rows import (
     silu_mul,
     silu_mul_round,
 )
-from bagel.kernels.triton_vectors import attend_appended, can_attend, matrix_times_vector
+from bagel.kernels.triton_vectors import attend_appended, matrix_times_vector
 
 __all__ = [
     "add_biased",
@@ -28,7 +28,6 @@ __all__ = [
     "add_rms_norm",
     "add_rms_norm_round",
     "attend_appended",
-    "can_attend",
     "doubled",
     "group_norm_silu",
     "matrix_times_vector",

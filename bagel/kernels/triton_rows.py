@@ -12,14 +12,20 @@ import triton.language as tl
 from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
+HOPPER = 9
+"""Major CUDA compute capability from which kernels can wait for one another within."""
 VALUES_A_WARP = 1024
 """Values of a row that the threads of a warp hold, 32 each, until there are sixteen warps."""
 
 
-@functools.cache
 def early() -> dict[str, bool]:
-    """Return the options with which a kernel starts while the one before it ends, where GPUs can: from Hopper on."""
-    able = torch.version.cuda is not None and torch.cuda.is_available() and torch.cuda.get_device_capability()[0] >= 9
+    """Return the options with which a kernel starts while the one before it ends, where the current GPU can."""
+    return _early(torch.cuda.current_device()) if torch.version.cuda else {"EARLY": False}
+
+
+@functools.cache
+def _early(gpu: int) -> dict[str, bool]:
+    able = torch.cuda.get_device_capability(gpu)[0] >= HOPPER
     return {"EARLY": True, "launch_pdl": True} if able else {"EARLY": False}
 
 
@@ -33,35 +39,41 @@ def wait(EARLY: tl.constexpr):
 
 def rms_norm(x: Tensor, weight: Tensor, *, eps: float) -> Tensor:
     """Return x (..., n) normed over its last axis, rounded to its type, and weighted by (n,) of the same type."""
-    return _normed(x.contiguous(), None, weight, eps, torch.empty_like(x, memory_format=torch.contiguous_format))[1]
+    return _normed(x, None, weight, eps)[1]
 
 
 def add_rms_norm(x: Tensor, plus: Tensor, weight: Tensor, *, eps: float) -> tuple[Tensor, Tensor]:
     """Return x + plus (T, n), and what `rms_norm` returns of it."""
-    total, out, _ = _normed(x.contiguous(), plus.contiguous(), weight, eps, torch.empty_like(x))
-    return total, out
+    return _normed(x, plus, weight, eps)[:2]
 
 
 def rms_norm_round(
     x: Tensor, weight: Tensor, *, eps: float, largest: float, tiny: float, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor]:
     """Return what `round_rows` returns of the `rms_norm` of x (T, n)."""
-    out = torch.empty_like(x, dtype=dtype)
-    return _normed(x.contiguous(), None, weight, eps, out, largest=largest, tiny=tiny)[1:]
+    return _normed(x, None, weight, eps, dtype, largest=largest, tiny=tiny)[1:]
 
 
 def add_rms_norm_round(
     x: Tensor, plus: Tensor, weight: Tensor, *, eps: float, largest: float, tiny: float, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return x + plus (T, n), and what `rms_norm_round` returns of it."""
-    out = torch.empty_like(x, dtype=dtype)
-    return _normed(x.contiguous(), plus.contiguous(), weight, eps, out, largest=largest, tiny=tiny)
+    return _normed(x, plus, weight, eps, dtype, largest=largest, tiny=tiny)
 
 
 def _normed(
-    x: Tensor, plus: Tensor | None, weight: Tensor, eps: float, out: Tensor, *, largest: float = 0.0, tiny: float = 0.0
+    x: Tensor,
+    plus: Tensor | None,
+    weight: Tensor,
+    eps: float,
+    dtype: torch.dtype | None = None,
+    *,
+    largest: float = 0.0,
+    tiny: float = 0.0,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Return x + plus, the norm in `out`, and the scales of its rows if it is rounded to 8 bits (else nothing)."""
+    """Return x + plus, the norm, and the scales of its rows if it is rounded to 8 bits, to `dtype` (else nothing)."""
+    x, plus = x.contiguous(), None if plus is None else plus.contiguous()
+    out = torch.empty_like(x, dtype=dtype)
     width = x.shape[-1]
     rows, block = x.numel() // max(width, 1), triton.next_power_of_2(width)
     rounds = largest > 0
@@ -113,9 +125,15 @@ def _rms_norm(
 
 @triton.jit
 def _store_rounded(values, out, scale, inside, largest, tiny):
-    unit = tl.maximum(tl.max(tl.abs(values), axis=0) / largest, tiny)
+    by = _store_unit(tl.max(tl.abs(values), axis=0), scale, largest, tiny)
+    tl.store(out, (values * by).to(out.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def _store_unit(most, scale, largest, tiny):
+    unit = tl.maximum(most / largest, tiny)
     tl.store(scale, unit)
-    tl.store(out, (values * (1 / unit)).to(out.dtype.element_ty), mask=inside)
+    return 1 / unit
 
 
 def norm_rotate(
@@ -248,9 +266,7 @@ def _silu_mul_round(x, out, scale, width, largest, tiny, FIRST: tl.constexpr, RE
     first, rest = tl.arange(0, FIRST), FIRST + tl.arange(0, REST)
     a, b = _gated(x + row * 2 * width, first, width), _gated(x + row * 2 * width, rest, width)
     most = tl.maximum(tl.max(tl.abs(a), axis=0), tl.max(tl.abs(b), axis=0))
-    unit = tl.maximum(most / largest, tiny)
-    tl.store(scale + row, unit)
-    by, to = 1 / unit, out + row * width
+    by, to = _store_unit(most, scale + row, largest, tiny), out + row * width
     tl.store(to + first, (a * by).to(out.dtype.element_ty))
     tl.store(to + rest, (b * by).to(out.dtype.element_ty), mask=rest < width)
 

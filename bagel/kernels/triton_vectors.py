@@ -14,7 +14,7 @@ from bagel.kernels.triton_rows import early, wait
 NARROW = 8192
 """Columns of a weight up to which all of a row's loads are begun before any is waited for."""
 KEYS, MOST_PARTS = (64, 512), 64
-"""Keys that one program attends to: so many that a cache has no more parts than this, within those bounds."""
+"""Keys that one program attends to, at least and at most; between them, so many that a cache has so many parts."""
 
 
 def matrix_times_vector(
@@ -92,15 +92,13 @@ def _products(x, weight, row, rows, column, WIDTH: tl.constexpr):
     return some * tl.load(x + column, mask=inside, other=0.0).to(tl.float32)[None, :]
 
 
-def can_attend(q: Tensor) -> bool:
-    """Whether `attend_appended` has a kernel for such queries: half precision, channels as matrix units take them."""
-    return q.dtype in (torch.bfloat16, torch.float16) and q.shape[-1] in (16, 32, 64, 128, 256)
-
-
 def attend_appended(q: Tensor, k: Tensor, v: Tensor, keys: Tensor, values: Tensor, lengths: Tensor) -> Tensor:
     """Append one token to each text and attend from it; arguments and result as `bagel.attention.attend_appended`."""
     (texts, heads, size), (_, capacity, kv_heads, _) = q.shape, keys.shape
-    group, own = heads // kv_heads, min(max(KEYS[0], triton.next_power_of_2(capacity // MOST_PARTS)), KEYS[1])
+    group, own = (
+        heads // kv_heads,
+        min(max(KEYS[0], triton.next_power_of_2(triton.cdiv(capacity, MOST_PARTS))), KEYS[1]),
+    )
     parts = triton.cdiv(capacity, own)
     sums = q.new_empty(texts, heads, parts, size, dtype=torch.float32)
     logs = q.new_empty(texts, heads, parts, 2, dtype=torch.float32)

@@ -12,9 +12,10 @@ import torch
 from torch import Tensor
 
 from bagel.attention import attend_appended
+from bagel.kernels import is_watched
 from bagel.modeling.bagel import Bagel
 from bagel.modeling.cache import Context
-from bagel.modeling.layers import Heads, is_watched
+from bagel.modeling.layers import Heads
 from bagel.modeling.mot import Streams
 
 SMALLEST, LARGEST = 1024, 32768

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import ScalingType, scaled_mm
 
-from bagel.kernels import fused
+from bagel.kernels import fused, is_plain
 from bagel.modeling.bagel import Bagel, MissingHalfError
-from bagel.modeling.layers import RMSNorm, gated, is_watched
+from bagel.modeling.layers import RMSNorm, gated
 from bagel.modeling.mot import DecoderLayer
 
 FORMAT = torch.float8_e4m3fn
@@ -43,33 +43,36 @@ class Float8Linear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Map x (T, in) to (T, out) of its type; a single token on a GPU is not rounded itself."""
-        if x.shape[0] == 1 and (kernels := fused(x)):
-            return kernels.matrix_times_vector(x, self.weight, scale=self.scale, bias=self.bias)
+        if x.shape[0] == 1 and (product := fused("matrix_times_vector", x)):
+            return product(x, self.weight, scale=self.scale, bias=self.bias)
         return self._product(*rounded(x), x.dtype)
 
-    def of_normed(self, x: Tensor, norm: RMSNorm, plus: Tensor | None) -> tuple[Tensor, Tensor]:
-        """Return x + plus (T, in), and what its norm is mapped to (T, out)."""
-        if x.shape[0] > 1 and x.dtype == norm.weight.dtype and not is_watched(norm) and (kernels := fused(x)):
-            if plus is not None:
-                x, rows, scale = kernels.add_rms_norm_round(x, plus, norm.weight, eps=norm.eps, **ROUNDING)
-            else:
-                rows, scale = kernels.rms_norm_round(x, norm.weight, eps=norm.eps, **ROUNDING)
-            return x, self._product(rows, scale, x.dtype)
-        total, normed = norm.of_sum(x, plus)
-        return total, self(normed.to(norm.weight.dtype))
+    def of_normed(self, x: Tensor, norm: RMSNorm, plus: Tensor | None) -> tuple[Tensor, Tensor] | None:
+        """Return x + plus (T, in), and what its norm is mapped to (T, out); None where kernels cannot."""
+        plain = is_plain(self, Float8Linear) and is_plain(norm, RMSNorm) and x.dtype == norm.weight.dtype
+        if not plain or x.shape[0] == 1:
+            return None
+        if plus is None:
+            if norm_round := fused("rms_norm_round", x):
+                rows, scale = norm_round(x, norm.weight, eps=norm.eps, **ROUNDING)
+                return x, self._product(rows, scale, x.dtype)
+        elif plus.dtype == x.dtype and (add_norm_round := fused("add_rms_norm_round", x)):
+            total, rows, scale = add_norm_round(x, plus, norm.weight, eps=norm.eps, **ROUNDING)
+            return total, self._product(rows, scale, x.dtype)
+        return None
 
-    def of_gated(self, gate_up: Tensor, plus: Tensor | None) -> Tensor:
+    def of_gated(self, gate_up: Tensor, plus: Tensor) -> Tensor:
         """Map silu(gate) * up of gate and up side by side (T, 2 in) to (T, out), and add plus."""
-        kernels = fused(gate_up)
-        if kernels and gate_up.shape[0] == 1:
-            x = kernels.silu_mul(gate_up)
-            return kernels.matrix_times_vector(x, self.weight, scale=self.scale, bias=self.bias, plus=plus)
-        if kernels:
-            rows, scale = kernels.silu_mul_round(gate_up, **ROUNDING)
-            out = self._product(rows, scale, gate_up.dtype)
-        else:
-            out = self(gated(gate_up))
-        return out if plus is None else plus + out
+        if not is_plain(self, Float8Linear):
+            return plus + self(gated(gate_up))
+        if gate_up.shape[0] == 1:
+            product = fused("matrix_times_vector", gate_up) if plus.dtype == gate_up.dtype else None
+            x = gated(gate_up)
+            return product(x, self.weight, self.scale, self.bias, plus) if product else plus + self(x)
+        if silu_mul_round := fused("silu_mul_round", gate_up):
+            rows, scale = silu_mul_round(gate_up, **ROUNDING)
+            return plus + self._product(rows, scale, gate_up.dtype)
+        return plus + self(gated(gate_up))
 
     def _product(self, rows: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
         kind, bias = ScalingType.RowWise, self.bias
@@ -91,8 +94,8 @@ class Float8Linear(nn.Module):
 
 def rounded(x: Tensor) -> tuple[Tensor, Tensor]:
     """Return x (n, k) in 8 bits and the float32 scales (n, 1) of its rows."""
-    if kernels := fused(x):
-        return kernels.round_rows(x, **ROUNDING)
+    if round_rows := fused("round_rows", x):
+        return round_rows(x, **ROUNDING)
     exact = x.float()
     scale = (exact.abs().amax(-1, keepdim=True) / LARGEST).clamp(min=TINY)
     return (exact * scale.reciprocal()).to(FORMAT), scale

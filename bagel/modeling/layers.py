@@ -5,14 +5,12 @@ Shapes: T tokens of the expert, H hidden, Hq query heads, Hkv key/value heads, D
 
 from __future__ import annotations
 
-from types import ModuleType
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from bagel.config import DecoderConfig
-from bagel.kernels import fused
+from bagel.kernels import fused, is_plain, is_watched
 from bagel.modeling.rope import Rotary, rotate
 
 Heads = tuple[Tensor, Tensor, Tensor]
@@ -29,23 +27,19 @@ class RMSNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Normalise the last axis of x (..., size)."""
-        if x.dtype == self.weight.dtype and (kernels := fused(x)):
-            return kernels.rms_norm(x, self.weight, eps=self.eps)
+        if x.dtype == self.weight.dtype and (rms_norm := fused("rms_norm", x)):
+            return rms_norm(x, self.weight, eps=self.eps)
         return self.weight * F.rms_norm(x, self.weight.shape, eps=self.eps)
 
     def of_sum(self, x: Tensor, plus: Tensor | None) -> tuple[Tensor, Tensor]:
         """Return x + plus (T, size), and its norm."""
         if plus is None:
             return x, self(x)
-        if x.dtype == self.weight.dtype and not is_watched(self) and (kernels := fused(x)):
-            return kernels.add_rms_norm(x, plus, self.weight, eps=self.eps)
+        plain = x.dtype == plus.dtype == self.weight.dtype and is_plain(self, RMSNorm)
+        if plain and (add_rms_norm := fused("add_rms_norm", x)):
+            return add_rms_norm(x, plus, self.weight, eps=self.eps)
         total = x + plus
         return total, self(total)
-
-
-def is_watched(module: nn.Module) -> bool:
-    """Whether somebody sees what enters or leaves a module when it is called, so that it has to be."""
-    return bool(module._forward_hooks or module._forward_pre_hooks)
 
 
 class Linear(nn.Linear):
@@ -53,40 +47,35 @@ class Linear(nn.Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         """Map x (T, in) to (T, out)."""
-        if kernels := self._of_one(x):
-            return kernels.matrix_times_vector(x, self.weight, bias=self.bias)
+        if x.shape[0] == 1 and x.dtype == torch.bfloat16 and (product := fused("matrix_times_vector", x)):
+            return product(x, self.weight, bias=self.bias)
         return super().forward(x)
 
-    def of_gated(self, gate_up: Tensor, plus: Tensor | None) -> Tensor:
+    def of_gated(self, gate_up: Tensor, plus: Tensor) -> Tensor:
         """Map silu(gate) * up of gate and up side by side (T, 2 in) to (T, out), and add plus, which may change."""
         x = gated(gate_up)
-        if plus is None or is_watched(self):
-            return _sum(self(x), plus)
-        if kernels := self._of_one(x):
-            return kernels.matrix_times_vector(x, self.weight, bias=self.bias, plus=plus)
-        if self.bias is None and x.dtype == plus.dtype and (kernels := fused(x)):
-            kernels.add_product(plus, x, self.weight)
-            return plus
+        if x.dtype == plus.dtype == self.weight.dtype and is_plain(self, Linear):
+            if x.shape[0] == 1 and x.dtype == torch.bfloat16 and (product := fused("matrix_times_vector", x)):
+                return product(x, self.weight, bias=self.bias, plus=plus)
+            if self.bias is None and (add_product := fused("add_product", x)):
+                add_product(plus, x, self.weight)
+                return plus
         return plus + self(x)
-
-    def _of_one(self, x: Tensor) -> ModuleType | None:
-        """Return the kernels where x is a single token for which they are faster."""
-        return fused(x) if x.shape[0] == 1 and x.dtype == torch.bfloat16 else None
 
 
 def of_normed(linear: nn.Module, x: Tensor, norm: RMSNorm, plus: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """Return x + plus (T, in), and what a linear layer maps its norm to (T, out)."""
     own = getattr(linear, "of_normed", None)  # of a layer in 8-bit floats
-    if own is not None:
-        return own(x, norm, plus)
+    if own is not None and (found := own(x, norm, plus)) is not None:
+        return found
     total, normed = norm.of_sum(x, plus)
     return total, linear(normed.to(norm.weight.dtype))  # a float16 model keeps its residual stream in float32
 
 
 def gated(gate_up: Tensor) -> Tensor:
     """Return silu(gate) * up (T, n) of gate and up side by side (T, 2n)."""
-    if kernels := fused(gate_up):
-        return kernels.silu_mul(gate_up)
+    if silu_mul := fused("silu_mul", gate_up):
+        return silu_mul(gate_up)
     gate, up = gate_up.chunk(2, dim=-1)
     return F.silu(gate) * up
 
@@ -108,9 +97,9 @@ class Attention(nn.Module):
         qkv = x.unflatten(-1, (-1, self.head_dim))
         qk, v = qkv.split([self.heads + self.kv_heads, self.kv_heads], dim=-2)
         # Queries and keys at once; norm and rotation in float32, rounded once just before attention.
-        if kernels := fused(x):
+        if norm_rotate := fused("norm_rotate", x):
             normed = None if self.q_norm is None or self.k_norm is None else (self.q_norm.weight, self.k_norm.weight)
-            return *kernels.norm_rotate(qk, normed, rotary, q_heads=self.heads, eps=self.eps), v
+            return *norm_rotate(qk, normed, rotary, q_heads=self.heads, eps=self.eps), v
         q, k = rotate(self._norm(qk.float()), rotary).to(v.dtype).split([self.heads, self.kv_heads], dim=-2)
         return q, k, v
 
@@ -137,18 +126,25 @@ class MLP(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Map tokens (T, H) to (T, H); float32 out of a float16 model, else the type of x."""
-        return self.of_gate_up(self.gate_up_proj(x))
-
-    def of_gate_up(self, gate_up: Tensor, plus: Tensor | None = None) -> Tensor:
-        """Finish what gate and up side by side (T, 2 I) begin, and add plus (T, H)."""
+        gate_up = self.gate_up_proj(x)
         if gate_up.dtype != torch.float16:
-            of_gated = getattr(self.down_proj, "of_gated", None)  # not there where something wraps the layer
-            return of_gated(gate_up, plus) if of_gated else _sum(self.down_proj(gated(gate_up)), plus)
+            return self.down_proj(gated(gate_up))
         # A few channels of this product exceed float16's 65504 in Qwen2.5: scale each token into [-1, 1] and back.
         gate, up = gate_up.chunk(2, dim=-1)
         product = F.silu(gate.float()) * up.float()
         scale = product.abs().amax(-1, keepdim=True).clamp(min=1.0)
-        return _sum(self.down_proj((product / scale).to(gate_up.dtype)).float() * scale, plus)
+        return self.down_proj((product / scale).to(gate_up.dtype)).float() * scale
+
+
+def add_mlp(mlp: nn.Module, norm: RMSNorm, x: Tensor, plus: Tensor) -> Tensor:
+    """Add to the residual stream x (T, H) plus, and then what an MLP maps the norm of that to."""
+    if isinstance(mlp, MLP) and is_plain(mlp, MLP) and not is_watched(norm) and norm.weight.dtype != torch.float16:
+        of_gated = getattr(mlp.down_proj, "of_gated", None)  # not there where something wraps the layer
+        if of_gated is not None:
+            total, gate_up = of_normed(mlp.gate_up_proj, x, norm, plus)
+            return of_gated(gate_up, total)
+    total, normed = norm.of_sum(x, plus)
+    return total + mlp(normed.to(norm.weight.dtype))
 
 
 class Expert(nn.Module):
@@ -179,12 +175,7 @@ class Expert(nn.Module):
         if _idle(x):
             return x
         owner = self if self.own_attention else shared
-        attended, norm = owner.attention.o_proj(attended.flatten(-2)), owner.post_norm
-        if is_watched(self.mlp):
-            x, normed = norm.of_sum(x, attended)
-            return x + self.mlp(normed.to(norm.weight.dtype))
-        x, gate_up = of_normed(self.mlp.gate_up_proj, x, norm, attended)
-        return self.mlp.of_gate_up(gate_up, plus=x)
+        return add_mlp(self.mlp, owner.post_norm, x, owner.attention.o_proj(attended.flatten(-2)))
 
 
 def compile_experts(module: nn.Module, *, backend: str = "inductor") -> None:
@@ -193,10 +184,6 @@ def compile_experts(module: nn.Module, *, backend: str = "inductor") -> None:
         if isinstance(part, Expert):
             part.heads = torch.compile(part.heads, dynamic=True, backend=backend)
             part.finish = torch.compile(part.finish, dynamic=True, backend=backend)
-
-
-def _sum(out: Tensor, plus: Tensor | None) -> Tensor:
-    return out if plus is None else plus + out
 
 
 def _idle(x: Tensor) -> bool:

@@ -321,9 +321,9 @@ def on_device(batch: Batch, *, vae: Autoencoder | None, patch: int, generator: t
     return noised(packed, torch.randn(shape, generator=generator, device=device))
 
 
-def _padding(count: int) -> int:
+def padding(count: int) -> int:
     """Return how many pictures to add, an eighth at most, so that few different numbers come: cuDNN plans for each."""
-    return -count % max(1, 1 << (count.bit_length() - 4))
+    return -count % (1 << max(0, count.bit_length() - 4))
 
 
 @torch.no_grad()
@@ -333,8 +333,10 @@ def _encoded(batch: Batch, vae: Autoencoder, patch: int, generator: torch.Genera
         (count, _, height, width), down = pixels.shape, vae.config.downsample
         shape = (count, vae.config.z_channels, height // down, width // down)
         noise = torch.randn(shape, generator=generator, device=pixels.device)
-        padding = 0, 0, 0, 0, 0, 0, 0, _padding(count) if pixels.is_cuda else 0
-        z = vae.encode(F.pad(in_unit(pixels), padding), F.pad(noise, padding))[:count].float()
+        pixels = in_unit(pixels)
+        if pixels.is_cuda and (extra := padding(count)):
+            pixels, noise = (F.pad(x, (*[0] * 7, extra)) for x in (pixels, noise))
+        z = vae.encode(pixels, noise)[:count].float()
         tokens = rearrange(z, "b c (h p) (w q) -> b (h w) (p q c)", p=patch, q=patch)
         rows = starts[:, None] + torch.arange(tokens.shape[1], device=starts.device)
         latents = latents.index_copy(0, rows.flatten(), tokens[whose].flatten(0, 1))

@@ -11,7 +11,7 @@ from typing import Any, Literal, Protocol
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.nn.attention import SDPBackend
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
 from bagel.modeling.layers import Heads
@@ -21,7 +21,7 @@ Kind = Literal["dense", "flex"]
 STEP = 16
 """Dense lengths are multiples of this: what the fused kernels like."""
 KERNELS = [SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
-"""Kernels for training, where every batch has new shapes: cuDNN's needs a plan for each, tens of milliseconds."""
+"""Kernels for training on GPUs, where every batch has new shapes: cuDNN's plans for each take tens of milliseconds."""
 BLOCK = 128
 """Side of a flex block."""
 
@@ -115,7 +115,8 @@ def _fused(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
     groups = q.shape[1] // k.shape[1]
     if groups > 1:  # the kernel that takes masks wants as many keys as queries
         k, v = (x.repeat_interleave(groups, dim=1) for x in (k, v))
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+    with sdpa_kernel(KERNELS):  # here too: a layer that is computed again for its gradient knows no context around it
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
 
 
 def _grouped(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -11,15 +11,21 @@ from torch import Tensor, _foreach_add_, _foreach_lerp_, _foreach_mul_  # pyrigh
 from bagel.training.config import TrainConfig
 from bagel.training.distributed import is_sharded, like, own, whole
 
+TOGETHER = 2**24
+"""Values of the matrices that Muon moves at a time, at most; it needs some 20 bytes for each."""
+
 
 class Muon(torch.optim.Muon):
-    """torch's Muon (arXiv 2502.16982) with matrices of one shape moved together.
+    """torch's Muon (arXiv 2502.16982), its steps as large as AdamW's, that moves matrices of one shape together.
 
     A small model has so many small matrices that launching their products one by one takes longer than all else.
     """
 
+    def __init__(self, parameters: Iterable[Tensor], *, lr: float, weight_decay: float) -> None:
+        super().__init__(parameters, lr=lr, weight_decay=weight_decay, adjust_lr_fn="match_rms_adamw")
+
     @torch.no_grad()
-    def step(self, closure: None = None) -> None:  # pyright: ignore[reportIncompatibleMethodOverride]
+    def step(self) -> None:  # pyright: ignore[reportIncompatibleMethodOverride]
         """Move all matrices that have a gradient."""
         for group in self.param_groups:
             alike: dict[torch.Size, list[Tensor]] = {}
@@ -27,16 +33,18 @@ class Muon(torch.optim.Muon):
                 if parameter.grad is not None:
                     alike.setdefault(parameter.shape, []).append(parameter)
             for shape, parameters in alike.items():
-                self._move(parameters, group, lr=group["lr"] * 0.2 * max(shape) ** 0.5)
+                count = max(1, TOGETHER // shape.numel())
+                for first in range(0, len(parameters), count):
+                    self._move(parameters[first : first + count], group, lr=group["lr"] * 0.2 * max(shape) ** 0.5)
 
     def _move(self, parameters: list[Tensor], group: dict[str, Any], *, lr: float) -> None:
-        momentum = group["momentum"]
-        gradients = [p.grad for p in parameters if p.grad is not None]
-        for parameter, gradient in zip(parameters, gradients, strict=True):
-            self.state[parameter].setdefault("momentum_buffer", torch.zeros_like(gradient))
+        gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
+        for parameter in parameters:
+            if "momentum_buffer" not in self.state[parameter]:
+                self.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
         moments = [self.state[parameter]["momentum_buffer"] for parameter in parameters]
-        _foreach_lerp_(moments, gradients, 1 - momentum)
-        ahead = torch.stack(gradients).lerp_(torch.stack(moments), momentum)
+        _foreach_lerp_(moments, gradients, 1 - group["momentum"])
+        ahead = torch.stack(gradients).lerp_(torch.stack(moments), group["momentum"])
         update = orthogonal(ahead, group["ns_coefficients"], steps=group["ns_steps"], eps=group["eps"])
         _foreach_mul_(parameters, 1 - group["lr"] * group["weight_decay"])
         _foreach_add_(parameters, list(update.float().unbind()), alpha=-lr)
@@ -84,7 +92,7 @@ class Optimiser:
             )
             self.parts.append((adamw, rest, ("exp_avg", "exp_avg_sq")))
         if matrices:
-            muon = Muon(matrices.values(), lr=lr, weight_decay=decay, adjust_lr_fn="match_rms_adamw")
+            muon = Muon(matrices.values(), lr=lr, weight_decay=decay)
             self.parts.append((muon, matrices, ("momentum_buffer",)))
 
     def _split(self) -> tuple[dict[str, Tensor], dict[str, Tensor]]:

@@ -7,6 +7,7 @@ import random
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -192,7 +193,8 @@ class Trainer:
         narrow = self.config.precision == "bfloat16"
         dtype = torch.bfloat16 if narrow else torch.float32
         attend = attention_of(batch.layout, kind=self.config.attention, dtype=dtype)
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=narrow), sdpa_kernel(KERNELS):
+        planless = sdpa_kernel(KERNELS) if self.device.type == "cuda" else nullcontext()
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=narrow), planless:
             packed = on_device(batch, vae=self.vae, patch=self.model_config.latent_patch_size, generator=generator)
             return self.root(packed, attend)
 

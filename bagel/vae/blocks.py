@@ -6,14 +6,15 @@ so; kernels return channels-last pictures.
 
 from __future__ import annotations
 
-from types import ModuleType
+from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-from bagel.kernels import fused
+from bagel.kernels import fused, is_plain
 
 
 def group_norm(channels: int) -> nn.GroupNorm:
@@ -23,28 +24,28 @@ def group_norm(channels: int) -> nn.GroupNorm:
 
 def norm_silu(norm: nn.GroupNorm, x: Tensor, plus: Tensor | None = None) -> Tensor:
     """Return silu of the norm of x (B, C, H, W), to which a bias (C,) is added first."""
-    if kernels := _kernels(x):
-        return kernels.group_norm_silu(x, norm.weight, norm.bias, groups=norm.num_groups, eps=norm.eps, plus=plus)
+    if is_plain(norm, nn.GroupNorm) and (group_norm_silu := _fused("group_norm_silu", x)):
+        return group_norm_silu(x, norm.weight, norm.bias, groups=norm.num_groups, eps=norm.eps, plus=plus)
     return F.silu(norm(_biased(x, plus)))
 
 
 def convolve(conv: nn.Conv2d, x: Tensor) -> tuple[Tensor, Tensor | None]:
     """Return the convolution of x, and its bias where that is still to be added: kernels that follow do it for less."""
-    if _kernels(x):
+    if is_plain(conv, nn.Conv2d) and _fused("add_biased", x):
         return F.conv2d(x, conv.weight, None, conv.stride, conv.padding), conv.bias
     return conv(x), None
 
 
 def add(x: Tensor, y: Tensor, bias: Tensor | None) -> Tensor:
     """Return x + y, both (B, C, H, W), plus a bias (C,)."""
-    if bias is not None and (kernels := _kernels(x)):
-        return kernels.add_biased(x, y, bias)
+    if bias is not None and (add_biased := _fused("add_biased", x)):
+        return add_biased(x, y, bias)
     return x + _biased(y, bias)
 
 
-def _kernels(x: Tensor) -> ModuleType | None:
-    """Return the kernels for what is added up in float32 and rounded: not for float32 itself, the exact reference."""
-    return None if x.dtype == torch.float32 else fused(x)
+def _fused(name: str, x: Tensor) -> Callable[..., Any] | None:
+    """Return a kernel that adds up in float32 and rounds: none for float32 itself, the exact reference."""
+    return None if x.dtype == torch.float32 else fused(name, x)
 
 
 def _biased(x: Tensor, bias: Tensor | None) -> Tensor:
@@ -119,8 +120,8 @@ class Downsample(nn.Module):
 
 def doubled(x: Tensor) -> Tensor:
     """Return x (B, C, H, W) with each pixel four times, (B, C, 2H, 2W)."""
-    if kernels := fused(x):
-        return kernels.doubled(x)
+    if double := fused("doubled", x):
+        return double(x)
     return F.interpolate(x, scale_factor=2, mode="nearest")
 
 

@@ -25,7 +25,7 @@ WEIGHTS = {"t2i1": 2, "t2i2": 6, "t2i3": 7, "caption": 5, "qa": 16, "edit": 72, 
 CHANGED = {"recolor": 3, "move": 4, "add": 1, "remove": 2, "background": 4}
 """How often an edit is of each kind."""
 SEVERAL = 0.6
-"""How often an edit is of no fewer than two shapes, of three if possible: there is more to mistake."""
+"""How often an edit begins with two shapes at least, or with three, as far as it allows: there is more to mistake."""
 DROPPED = {"t2i1": 0.1, "t2i2": 0.1, "t2i3": 0.1, "think": 0.15, "edit": 0.4, "frames": 0.5}
 """How often the texts of a task are left out.
 

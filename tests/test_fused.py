@@ -1,0 +1,154 @@
+"""Where kernels take the place of modules: same results, and nothing that watches or wraps a module is passed by.
+
+A CPU has no kernels: functions that compute the same stand in for them here.
+"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import assert_close
+from small_model import small_config
+from torch import nn
+
+from bagel.modeling import layers
+from bagel.modeling.layers import Expert, Linear
+from bagel.modeling.rope import rotary_table, rotate
+
+
+def rms_norm(x, weight, *, eps):
+    return weight * F.rms_norm(x, weight.shape, eps=eps)
+
+
+def add_rms_norm(x, plus, weight, *, eps):
+    return x + plus, rms_norm(x + plus, weight, eps=eps)
+
+
+def norm_rotate(qk, weights, rotary, *, q_heads, eps):
+    exact, heads = qk.float(), [q_heads, qk.shape[1] - q_heads]
+    if weights is not None:
+        normed = F.rms_norm(exact, exact.shape[-1:], eps=eps).split(heads, dim=1)
+        exact = torch.cat([part * weight for part, weight in zip(normed, weights, strict=True)], dim=1)
+    return rotate(exact, rotary).to(qk.dtype).split(heads, dim=1)
+
+
+def silu_mul(gate_up):
+    gate, up = gate_up.chunk(2, dim=-1)
+    return F.silu(gate) * up
+
+
+def matrix_times_vector(x, weight, scale=None, bias=None, plus=None):
+    out = F.linear(x, weight, bias)
+    return out if plus is None else plus + out
+
+
+def add_product(plus, x, weight):
+    plus += F.linear(x, weight)
+
+
+KERNELS = {f.__name__: f for f in (rms_norm, add_rms_norm, norm_rotate, silu_mul, matrix_times_vector, add_product)}
+
+
+@pytest.fixture
+def used(monkeypatch):
+    """Names of the kernels that were used, in order."""
+    names = []
+
+    def fused(name, x):
+        names.append(name)
+        return KERNELS[name]
+
+    monkeypatch.setattr(layers, "fused", fused)
+    return names
+
+
+def expert_and_input(tokens: int = 5, dtype: torch.dtype = torch.float32):
+    torch.manual_seed(0)
+    config = small_config().llm_config
+    expert = Expert(config).to(dtype)
+    for parameter in expert.parameters():
+        nn.init.normal_(parameter, std=0.3)
+    x = torch.randn(tokens, config.hidden_size, dtype=dtype)
+    rotary = rotary_table(torch.arange(tokens), head_dim=config.head_dim, theta=1e4)
+    return expert, x, rotary
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("tokens", [1, 5])
+def test_an_expert_with_kernels_computes_the_same(monkeypatch, used, tokens, dtype):
+    expert, x, rotary = expert_and_input(tokens, dtype)
+
+    def run():
+        q, k, v = expert.heads(x, rotary, expert)
+        return q, k, v, expert.finish(x, q, expert)
+
+    before, found = x.clone(), run()
+    assert {"norm_rotate", "add_rms_norm"} < set(used)
+    assert ("matrix_times_vector" if dtype == torch.bfloat16 and tokens == 1 else "add_product") in used
+    assert torch.equal(x, before)
+    monkeypatch.setattr(layers, "fused", lambda name, x: None)
+    for a, b in zip(found, run(), strict=True):
+        assert_close(a, b, relative=1e-6 if dtype == torch.float32 else 2e-2)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", ["post_norm", "mlp", "mlp.gate_up_proj", "mlp.down_proj", "attention.o_proj"])
+def test_hooks_see_what_they_would_see_without_kernels(monkeypatch, used, name):
+    expert, x, rotary = expert_and_input()
+    attended = expert.heads(x, rotary, expert)[0]
+    kept = []
+    expert.get_submodule(name).register_forward_hook(lambda module, given, result: kept.append((*given, result)))
+    out = expert.finish(x, attended, expert)
+    monkeypatch.setattr(layers, "fused", lambda name, x: None)
+    assert_close(out, expert.finish(x, attended, expert), relative=1e-6)
+    found, wanted = kept
+    for a, b in zip(found, wanted, strict=True):
+        assert_close(a, b, relative=1e-6)
+
+
+class Doubling(Linear):
+    """A layer that somebody has changed by inheritance."""
+
+    def forward(self, x):
+        return 2 * super().forward(x)
+
+
+class Wrapped(nn.Module):
+    """A layer that somebody has wrapped."""
+
+    def __init__(self, inner: nn.Module) -> None:
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, x):
+        return 2 * self.inner(x)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("change", ["inherited", "wrapped", "patched", "mlp wrapped"])
+def test_layers_that_somebody_changed_are_called(used, change):
+    expert, x, rotary = expert_and_input()
+    attended = expert.heads(x, rotary, expert)[0]
+    mlp, total = expert.mlp, x + expert.attention.o_proj(attended.flatten(-2))
+    wanted = total + 2 * mlp(expert.post_norm(total))
+    down = mlp.down_proj
+    if change == "inherited":
+        mlp.down_proj = Doubling(down.in_features, down.out_features, bias=False)
+        mlp.down_proj.weight = down.weight
+    elif change == "wrapped":
+        mlp.down_proj = Wrapped(down)
+    elif change == "patched":
+        inner = down.forward
+        down.forward = lambda x: 2 * inner(x)
+    else:
+        expert.mlp = Wrapped(mlp)
+    assert_close(expert.finish(x, attended, expert), wanted, relative=1e-6)
+
+
+@torch.no_grad()
+def test_a_float32_stream_beside_bfloat16_layers_stays_float32(used):
+    linear = Linear(6, 4, bias=False).bfloat16()
+    gate_up, stream = torch.randn(1, 12, dtype=torch.bfloat16), torch.randn(1, 4)
+    assert linear.of_gated(gate_up, stream).dtype == torch.float32

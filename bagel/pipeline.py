@@ -127,8 +127,8 @@ class BagelPipeline:
     def compile(self, *, backend: str = "inductor") -> BagelPipeline:
         """Compile the experts in place, and return this pipeline.
 
-        Results stay the same up to rounding; prompts and pictures of any size then run without compiling again. The
-        kernels that a GPU uses without it were as fast where it was measured: see the README.
+        Results stay the same up to rounding; prompts and pictures of any size then run without compiling again. What is
+        compiled for a GPU calls the kernels that are used without it, and is as fast: see the README.
 
         Args:
             backend: of `torch.compile`.

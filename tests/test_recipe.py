@@ -132,12 +132,20 @@ def test_a_run_trains_from_the_pool_and_is_exported(pool, vae_run, tmp_path, mon
     common = ("--vae", vae_run, "--pool", pool, "--device", "cpu", "--tokens", 600, "--set", settings)
     run("model", "--start", CHECKPOINT, "--out", tmp_path / "first", *common)
     run("model", "--start", tmp_path / "first", "--out", tmp_path / "second", *common)
-    run("export", "--run", tmp_path / "second", "--to", tmp_path / "exported")
+    monkeypatch.setattr(recipe, "tell", lambda *_: None)  # reconstructs hundreds of pictures
+    once = json.dumps({"steps": 1, "warmup": 0, "log_every": 1})
+    run("decoder", "--vae", vae_run, "--out", tmp_path / "decoder", "--device", "cpu", "--set", once)
+    run("export", "--run", tmp_path / "second", "--vae", tmp_path / "decoder", "--to", tmp_path / "exported")
     log = [json.loads(line) for line in (tmp_path / "second" / "log.jsonl").read_text().splitlines()]
     assert [line["step"] for line in log] == [1, 2]
     assert all(line["ce"] > 0 < line["mse"] for line in log)
     pipe = BagelPipeline.from_pretrained(tmp_path / "exported", device="cpu")
     assert pipe.text_to_image("a red circle", num_timesteps=3, progress=False).image.size == (SIDE, SIDE)
+    trained, exported = recipe.trained_vae(tmp_path / "decoder").state_dict(), pipe.parts.drawing_vae().state_dict()
+    before = recipe.trained_vae(vae_run).state_dict()
+    for name in trained:
+        assert torch.equal(exported[name], trained[name].bfloat16().to(exported[name].dtype)), name
+        assert torch.equal(trained[name], before[name]) == name.startswith("encoder."), name
 
 
 def test_conditions_are_left_out_as_often_as_stated(parts):

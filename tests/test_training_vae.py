@@ -43,10 +43,10 @@ def one_of_eight(rng: random.Random) -> torch.Tensor:
     return picture(random.Random(rng.randrange(8)))
 
 
-def trainer(out, *, vae=None, pictures=picture, **settings) -> VAETrainer:
+def trainer(out, *, vae=None, pictures=picture, decoder_only=False, latent_noise=0.0, **settings) -> VAETrainer:
     settings = {"steps": 4, "lr": 2e-3, "warmup": 2, "log_every": 1, **settings}
-    config = TrainConfig(**settings)
-    return VAETrainer(vae or new_vae(), pictures, config, batch_size=4, out=out, progress=False)
+    rest = {"decoder_only": decoder_only, "latent_noise": latent_noise, "progress": False}
+    return VAETrainer(vae or new_vae(), pictures, TrainConfig(**settings), batch_size=4, out=out, **rest)
 
 
 def test_terms_are_what_they_say():
@@ -94,21 +94,36 @@ def test_the_result_is_the_average_with_its_statistics_written_beside_it(tmp_pat
     assert done.config.scale_factor != CONFIG.scale_factor
 
 
+def test_a_decoder_trained_on_noisy_latents_forgives_noise_and_leaves_the_latents(tmp_path):
+    vae = trainer(tmp_path / "vae", pictures=one_of_eight, steps=150, log_every=50, ema_decay=0.9).fit()
+    pixels = torch.stack([one_of_eight(random.Random(i)) for i in range(16)]).float() / 127.5 - 1
+    latents = vae.encode(pixels, None)
+    noisy = latents + torch.randn(latents.shape, generator=torch.Generator().manual_seed(0))
+    before = (vae.decode(noisy) - pixels).square().mean()
+    settings = {"decoder_only": True, "latent_noise": 2.0, "steps": 150, "log_every": 50, "ema_decay": 0.9}
+    done = trainer(tmp_path / "decoder", vae=vae, pictures=one_of_eight, **settings).fit()
+    assert done.config == vae.config
+    assert torch.equal(done.encode(pixels, None), latents)
+    assert (done.decode(noisy) - pixels).square().mean() < 0.7 * before
+
+
+@pytest.mark.parametrize("settings", [{}, {"decoder_only": True, "latent_noise": 0.5}])
 @pytest.mark.parametrize("workers", [0, 2])
-def test_a_killed_run_resumes_to_equal_weights(tmp_path, workers):
-    straight = trainer(tmp_path / "straight")
+def test_a_killed_run_resumes_to_equal_weights(tmp_path, workers, settings):
+    straight = trainer(tmp_path / "straight", **settings)
     straight.fit()
-    killed = trainer(tmp_path / "killed", save_every=2)
+    killed = trainer(tmp_path / "killed", save_every=2, **settings)
     for index in range(3):
         if index == 2:
             killed.save()
         killed.step(killed.batches[index])
-    again = trainer(tmp_path / "killed", vae=new_vae(9), workers=workers)
+    again = trainer(tmp_path / "killed", vae=new_vae(9), workers=workers, **settings)
     assert again.done == 2
     again.fit()
-    for name, parameter in straight.parameters.items():
-        assert torch.equal(again.parameters[name], parameter), name
-        assert torch.equal(again.optimiser.average[name], straight.optimiser.average[name]), name
+    for name, tensor in straight.vae.state_dict().items():
+        assert torch.equal(again.vae.state_dict()[name], tensor), name
+    for name, tensor in straight.optimiser.average.items():
+        assert torch.equal(again.optimiser.average[name], tensor), name
 
 
 def test_weights_of_zero_switch_terms_off(tmp_path):

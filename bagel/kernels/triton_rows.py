@@ -116,7 +116,8 @@ def _rms_norm(
         tl.store(total + at, values, mask=inside)
     exact = values.to(tl.float32)
     normed = exact * tl.rsqrt(tl.sum(exact * exact, axis=0) / width + eps)
-    weighted = normed.to(values.dtype) * tl.load(weight + column, mask=inside, other=0.0)
+    weighted = normed.to(values.dtype).to(tl.float32) * tl.load(weight + column, mask=inside, other=0.0).to(tl.float32)
+    weighted = weighted.to(values.dtype)
     if ROUNDS:
         _store_rounded(weighted.to(tl.float32), out + at, scale + row, inside, largest, tiny)
     else:

@@ -40,20 +40,24 @@ class VAELossWeights:
     kl: float = 1e-6
 
 
-def vae_losses(vae: Autoencoder, pixels: Tensor, noise: Tensor) -> dict[str, Tensor]:
+def vae_losses(vae: Autoencoder, pixels: Tensor, noise: Tensor, extra: Tensor | None = None) -> dict[str, Tensor]:
     """Return the terms of the loss of pictures, each a mean.
 
     Args:
         vae: differentiable.
         pixels: (B, 3, H, W) in [-1, 1].
         noise: standard normal, of the latents' shape.
+        extra: added to the latents that are decoded, in the unit of `Autoencoder.encode`.
 
     Returns:
         "l1", "l2" and "gradient" a pixel and channel; "kl" a latent and channel, against the standard normal
         (arXiv 1312.6114).
     """
     mean, logvar = (moment.float() for moment in vae.moments(pixels))
-    found = vae.decoder((mean + (logvar / 2).exp() * noise).to(vae.decoder.conv_in.weight.dtype)).float()
+    z = mean + (logvar / 2).exp() * noise
+    if extra is not None:
+        z = z + extra / vae.config.scale_factor
+    found = vae.decoder(z.to(vae.decoder.conv_in.weight.dtype)).float()
     error = found - pixels.float()
     across, down = error.diff(dim=3).abs().mean(), error.diff(dim=2).abs().mean()
     kl = 0.5 * (mean.square() + logvar.exp() - 1 - logvar).mean()
@@ -104,6 +108,10 @@ class VAETrainer:
         batch_size: pictures of a step.
         out: the run's folder.
         weights: of the loss.
+        decoder_only: keep the encoder, the scale and the shift as they are, and so the latents on which a model was
+            trained.
+        latent_noise: deviation of the noise on the latents that are decoded, of each picture drawn evenly up to this,
+            in the unit of `Autoencoder.encode`: what a model draws is not exact either.
         device: where to train.
         progress: show a progress bar on a terminal.
     """
@@ -117,13 +125,17 @@ class VAETrainer:
         batch_size: int,
         out: str | Path,
         weights: VAELossWeights = VAELossWeights(),
+        decoder_only: bool = False,
+        latent_noise: float = 0.0,
         device: torch.device | str = "cpu",
         progress: bool = True,
     ) -> None:
         self.vae, self.config, self.weights = vae.to(device).train().requires_grad_(True), config, weights
         self.batches = _Batches(pictures, batch_size, config.seed)
         self.out, self.device, self.progress = Path(out), torch.device(device), progress
-        self.parameters = dict(self.vae.named_parameters())
+        self.decoder_only, self.latent_noise = decoder_only, latent_noise
+        self.vae.encoder.requires_grad_(not decoder_only)
+        self.parameters = {name: p for name, p in self.vae.named_parameters() if p.requires_grad}
         self.optimiser = Optimiser(self.parameters, config)
         self.done = 0
         self.loss = torch.zeros(())
@@ -175,8 +187,12 @@ class VAETrainer:
         down = vae.config.downsample
         shape = (pixels.shape[0], vae.config.z_channels, pixels.shape[2] // down, pixels.shape[3] // down)
         noise = torch.randn(shape, generator=generator, device=self.device)
+        extra = None
+        if self.latent_noise:
+            most = torch.rand((shape[0], 1, 1, 1), generator=generator, device=self.device) * self.latent_noise
+            extra = most * torch.randn(shape, generator=generator, device=self.device)
         with torch.autocast(self.device.type, torch.bfloat16, enabled=config.precision == "bfloat16"):
-            terms = vae_losses(vae, pixels, noise)
+            terms = vae_losses(vae, pixels, noise, extra)
         loss = torch.stack([getattr(self.weights, name) * term for name, term in terms.items()]).sum()
         loss.backward()
         self.loss = loss.detach()
@@ -185,20 +201,22 @@ class VAETrainer:
         return {"loss": self.loss, **{name: term.detach() for name, term in terms.items()}}
 
     def averaged(self) -> Autoencoder:
-        """Return the averaged autoencoder, its scale and shift measured on 16 batches of pictures."""
+        """Return the averaged autoencoder, its scale and shift measured on 16 batches of pictures unless they stay."""
+        weights = self.vae.state_dict() | self.optimiser.average
         vae = Autoencoder(self.vae.config).to(self.device)
-        vae.load_state_dict(self.optimiser.average)
-        batches = (self._unit(self.batches[-1 - index]) for index in range(16))
-        measured = Autoencoder(latent_statistics(vae, batches, self._generator(-1))).to(self.device)
-        measured.load_state_dict(self.optimiser.average)
-        return measured.eval().requires_grad_(False)
+        vae.load_state_dict(weights)
+        if not self.decoder_only:
+            batches = (self._unit(self.batches[-1 - index]) for index in range(16))
+            vae = Autoencoder(latent_statistics(vae, batches, self._generator(-1))).to(self.device)
+            vae.load_state_dict(weights)
+        return vae.eval().requires_grad_(False)
 
     def save(self) -> Autoencoder:
         """Write a checkpoint of this step, if there is none; return the averaged autoencoder."""
         self._check()
         vae = self.averaged()
         weights = {f"weights/{name}": parameter.detach().contiguous() for name, parameter in self.parameters.items()}
-        average = {name: tensor.contiguous() for name, tensor in self.optimiser.average.items()}
+        average = {name: tensor.contiguous() for name, tensor in vae.state_dict().items()}
         moments = self.optimiser.moments()
         values = {"step": self.done, "train": self.config.to_dict()}
 
@@ -212,10 +230,10 @@ class VAETrainer:
         return vae
 
     def _resume(self, folder: Path) -> None:
-        tensors = load_file(folder / state.MOMENTS)
+        tensors, average = load_file(folder / state.MOMENTS), load_file(folder / "ae.safetensors")
         self.done = json.loads((folder / state.STATE).read_text(encoding="utf-8"))["step"]
-        self.vae.load_state_dict({name: tensors[f"weights/{name}"] for name in self.parameters})
-        self.optimiser.restore(tensors, load_file(folder / "ae.safetensors"), steps=self.done)
+        self.vae.load_state_dict(average | {name: tensors[f"weights/{name}"] for name in self.parameters})
+        self.optimiser.restore(tensors, average, steps=self.done)
 
     def _report(self, log: Log, terms: dict[str, Tensor], count: int) -> None:
         self._check()

@@ -4,7 +4,8 @@
     python examples/shapes/train.py vae   --start runs/start --out runs/vae
     python examples/shapes/train.py pool  --start runs/start --vae runs/vae --out runs/pool       without a GPU only
     python examples/shapes/train.py model --start runs/start --vae runs/vae --out runs/model
-    python examples/shapes/train.py export --run runs/model --to bagel/demo/checkpoint
+    python examples/shapes/train.py decoder --vae runs/vae --out runs/decoder     for latents that are drawn, not exact
+    python examples/shapes/train.py export --run runs/model --vae runs/decoder --to bagel/demo/checkpoint
 
 With torchrun the model trains on several GPUs: torchrun --nproc-per-node 2 examples/shapes/train.py model ...
 """
@@ -25,7 +26,10 @@ from pool import EncodedMaker, Pooled, read_pool, write_pool
 from safetensors.torch import load_file
 
 from bagel.config import VAEConfig
+from bagel.evaluation.motion import random_motion
+from bagel.evaluation.render import render
 from bagel.evaluation.samples import sample
+from bagel.evaluation.scene import random_scene
 from bagel.loading import load_parts
 from bagel.modeling import Bagel
 from bagel.pipeline import BagelPipeline
@@ -39,8 +43,11 @@ from bagel.vae import Autoencoder
 VAE = TrainConfig(
     steps=9000, lr=1e-3, warmup=300, schedule="cosine", min_lr=0.02, ema_decay=0.999, clip_norm=1.0, log_every=100
 )
+DECODER = TrainConfig(
+    steps=2000, lr=8e-4, warmup=50, schedule="cosine", min_lr=0.01, ema_decay=0.99, clip_norm=1.0, log_every=50
+)
 MODEL = TrainConfig(
-    steps=6146,
+    steps=3818,
     lr=2.5e-3,
     warmup=200,
     schedule="cosine",
@@ -62,6 +69,15 @@ def picture(rng: random.Random) -> torch.Tensor:
     return torch.from_numpy(np.array(image)).permute(2, 0, 1).contiguous()
 
 
+def placed(rng: random.Random) -> torch.Tensor:
+    """Return one picture (3, H, W) uint8 of shapes wherever they may stand, most often of three."""
+    if rng.random() < 0.25:
+        image = rng.choice(random_motion(rng).frames(side=SIDE))
+    else:
+        image = render(random_scene(rng, objects=rng.choice((1, 2, 3, 3))), side=SIDE)
+    return torch.from_numpy(np.array(image)).permute(2, 0, 1).contiguous()
+
+
 def train_vae(args: argparse.Namespace) -> None:
     """Train the autoencoder."""
     config = dataclasses.replace(VAE, workers=args.workers, save_every=args.save_every, **args.set)
@@ -76,9 +92,30 @@ def train_vae(args: argparse.Namespace) -> None:
         weights=VAELossWeights(l1=1.0, l2=1.0, gradient=0.5, kl=1e-5),
         device=args.device,
     )
-    vae = trainer.fit()
+    tell(trainer.fit(), args.device)
+
+
+def train_decoder(args: argparse.Namespace) -> None:
+    """Train the autoencoder's decoder on, for latents that are not exact: the model's own."""
+    config = dataclasses.replace(DECODER, workers=args.workers, save_every=args.save_every, **args.set)
+    trainer = VAETrainer(
+        trained_vae(args.vae).to(memory_format=torch.channels_last),
+        placed,
+        config,
+        batch_size=48,
+        out=args.out,
+        weights=VAELossWeights(l1=1.0, l2=4.0, gradient=1.0, kl=0.0),
+        decoder_only=True,
+        latent_noise=0.3,
+        device=args.device,
+    )
+    tell(trainer.fit(), args.device)
+
+
+def tell(vae: Autoencoder, device: str) -> None:
+    """Print how well pictures that were not trained on are reconstructed."""
     rng = random.Random("held-out pictures")
-    pixels = torch.stack([picture(rng) for _ in range(512)]).to(args.device) / 127.5 - 1
+    pixels = torch.stack([picture(rng) for _ in range(512)]).to(device) / 127.5 - 1
     noise = torch.randn(vae.moments(pixels)[0].shape, generator=torch.Generator().manual_seed(0))
     error = (vae.decode(vae.encode(pixels, noise)).clamp(-1, 1) - pixels).square().mean((1, 2, 3)) / 4
     decibels = -10 * error.log10()
@@ -139,6 +176,8 @@ def export(args: argparse.Namespace) -> None:
     if folder is None:
         raise SystemExit(f"{args.run} holds no checkpoint yet")
     pipe = BagelPipeline.from_pretrained(folder, device="cpu", dtype=torch.bfloat16, vae_dtype=torch.bfloat16)
+    if args.vae:
+        pipe.parts.drawing_vae().load_state_dict(trained_vae(args.vae).state_dict())
     pipe.save_pretrained(args.to, overwrite=True)
 
 
@@ -146,16 +185,18 @@ def main() -> None:
     """Parse the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True)
-    for name in ("vae", "model"):
+    for name in ("vae", "model", "decoder"):
         command = commands.add_parser(name)
-        command.add_argument("--start", type=Path, required=True)
+        if name != "decoder":
+            command.add_argument("--start", type=Path, required=True)
         command.add_argument("--out", type=Path, required=True)
         command.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
         command.add_argument("--workers", type=int, default=0)
         command.add_argument("--save-every", type=int, default=1000)
         command.add_argument("--set", type=json.loads, default={}, help='other settings as JSON, e.g. {"steps": 100}')
-        if name == "model":
+        if name != "vae":
             command.add_argument("--vae", type=Path, required=True)
+        if name == "model":
             command.add_argument("--tokens", type=int, default=65536, help="tokens of a step (default 65536)")
             command.add_argument("--seed", type=int, default=8, help="of the samples (default 8)")
             command.add_argument("--pool", type=Path, help="draw from pictures encoded ahead")
@@ -167,9 +208,11 @@ def main() -> None:
     command.add_argument("--blocks", type=int, default=200, help="files of a thousand examples")
     command = commands.add_parser("export")
     command.add_argument("--run", type=Path, required=True)
+    command.add_argument("--vae", type=Path, help="an autoencoder with a decoder of its own")
     command.add_argument("--to", type=Path, required=True)
     args = parser.parse_args()
-    {"vae": train_vae, "pool": make_pool, "model": train_model, "export": export}[args.command](args)
+    run = {"vae": train_vae, "pool": make_pool, "model": train_model, "decoder": train_decoder, "export": export}
+    run[args.command](args)
 
 
 if __name__ == "__main__":

@@ -5,6 +5,8 @@ A CPU has no kernels: functions that compute the same stand in for them here.
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -12,9 +14,10 @@ from conftest import assert_close
 from small_model import small_config
 from torch import nn
 
-from bagel.modeling import layers
+from bagel.modeling import float8, layers
 from bagel.modeling.layers import Expert, Linear
 from bagel.modeling.rope import rotary_table, rotate
+from bagel.vae import blocks
 
 
 def rms_norm(x, weight, *, eps):
@@ -47,7 +50,26 @@ def add_product(plus, x, weight):
     plus += F.linear(x, weight)
 
 
-KERNELS = {f.__name__: f for f in (rms_norm, add_rms_norm, norm_rotate, silu_mul, matrix_times_vector, add_product)}
+def round_rows(x, *, largest, tiny, dtype):
+    scale = (x.float().abs().amax(-1, keepdim=True) / largest).clamp(min=tiny)
+    return (x.float() * scale.reciprocal()).to(dtype), scale
+
+
+def rms_norm_round(x, weight, *, eps, **rounding):
+    return round_rows(rms_norm(x, weight, eps=eps), **rounding)
+
+
+def add_rms_norm_round(x, plus, weight, *, eps, **rounding):
+    return x + plus, *rms_norm_round(x + plus, weight, eps=eps, **rounding)
+
+
+def silu_mul_round(gate_up, **rounding):
+    return round_rows(silu_mul(gate_up), **rounding)
+
+
+ROUND = (round_rows, rms_norm_round, add_rms_norm_round, silu_mul_round)
+PLAIN = (rms_norm, add_rms_norm, norm_rotate, silu_mul, matrix_times_vector, add_product)
+KERNELS = {kernel.__name__: kernel for kernel in (*PLAIN, *ROUND)}
 
 
 @pytest.fixture
@@ -60,12 +82,24 @@ def used(monkeypatch):
         return KERNELS[name]
 
     monkeypatch.setattr(layers, "fused", fused)
+    monkeypatch.setattr(float8, "fused", fused)
     return names
+
+
+@pytest.fixture
+def without(monkeypatch):
+    """Returns the kernels to where they are from."""
+
+    def leave():
+        for module in (layers, float8):
+            monkeypatch.setattr(module, "fused", lambda name, x: None)
+
+    return leave
 
 
 def expert_and_input(tokens: int = 5, dtype: torch.dtype = torch.float32):
     torch.manual_seed(0)
-    config = small_config().llm_config
+    config = dataclasses.replace(small_config().llm_config, intermediate_size=48)
     expert = Expert(config).to(dtype)
     for parameter in expert.parameters():
         nn.init.normal_(parameter, std=0.3)
@@ -77,7 +111,7 @@ def expert_and_input(tokens: int = 5, dtype: torch.dtype = torch.float32):
 @torch.no_grad()
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("tokens", [1, 5])
-def test_an_expert_with_kernels_computes_the_same(monkeypatch, used, tokens, dtype):
+def test_an_expert_with_kernels_computes_the_same(used, without, tokens, dtype):
     expert, x, rotary = expert_and_input(tokens, dtype)
 
     def run():
@@ -88,20 +122,39 @@ def test_an_expert_with_kernels_computes_the_same(monkeypatch, used, tokens, dty
     assert {"norm_rotate", "add_rms_norm"} < set(used)
     assert ("matrix_times_vector" if dtype == torch.bfloat16 and tokens == 1 else "add_product") in used
     assert torch.equal(x, before)
-    monkeypatch.setattr(layers, "fused", lambda name, x: None)
+    without()
     for a, b in zip(found, run(), strict=True):
         assert_close(a, b, relative=1e-6 if dtype == torch.float32 else 2e-2)
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("name", ["post_norm", "mlp", "mlp.gate_up_proj", "mlp.down_proj", "attention.o_proj"])
-def test_hooks_see_what_they_would_see_without_kernels(monkeypatch, used, name):
+def test_an_expert_of_8_bit_layers_with_kernels_computes_the_same(used, without):
     expert, x, rotary = expert_and_input()
+    float8.round_linears(expert)
+
+    def run():
+        q, k, v = expert.heads(x, rotary, expert)
+        return q, k, v, expert.finish(x, q, expert)
+
+    found = run()
+    assert set(used) == {"rms_norm_round", "norm_rotate", "round_rows", "add_rms_norm_round", "silu_mul_round"}
+    without()
+    for a, b in zip(found, run(), strict=True):
+        assert_close(a, b, relative=1e-6)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("rounds", [False, True])
+@pytest.mark.parametrize("name", ["post_norm", "mlp", "mlp.gate_up_proj", "mlp.down_proj", "attention.o_proj"])
+def test_hooks_see_what_they_would_see_without_kernels(used, without, name, rounds):
+    expert, x, rotary = expert_and_input()
+    if rounds:
+        float8.round_linears(expert)
     attended = expert.heads(x, rotary, expert)[0]
     kept = []
     expert.get_submodule(name).register_forward_hook(lambda module, given, result: kept.append((*given, result)))
     out = expert.finish(x, attended, expert)
-    monkeypatch.setattr(layers, "fused", lambda name, x: None)
+    without()
     assert_close(out, expert.finish(x, attended, expert), relative=1e-6)
     found, wanted = kept
     for a, b in zip(found, wanted, strict=True):
@@ -152,3 +205,29 @@ def test_a_float32_stream_beside_bfloat16_layers_stays_float32(used):
     linear = Linear(6, 4, bias=False).bfloat16()
     gate_up, stream = torch.randn(1, 12, dtype=torch.bfloat16), torch.randn(1, 4)
     assert linear.of_gated(gate_up, stream).dtype == torch.float32
+
+
+def group_norm_silu(x, weight, bias, *, groups, eps, plus=None):
+    return F.silu(F.group_norm(x if plus is None else x + plus[:, None, None], groups, weight, bias, eps))
+
+
+def add_biased(x, y, bias):
+    return x + y + bias[:, None, None]
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("watched", [None, "norm1", "conv1", "norm2", "conv2"])
+@pytest.mark.parametrize("out_channels", [32, 64])
+def test_a_residual_block_with_kernels_computes_the_same(monkeypatch, out_channels, watched):
+    torch.manual_seed(0)
+    block, x, used, calls = blocks.ResidualBlock(32, out_channels).double(), torch.randn(2, 32, 5, 7).double(), [], []
+    for parameter in block.parameters():
+        nn.init.normal_(parameter)
+    wanted = block(x)
+    if watched:
+        block.get_submodule(watched).register_forward_hook(lambda *_: calls.append(watched))
+    kernels = {"group_norm_silu": group_norm_silu, "add_biased": add_biased}
+    monkeypatch.setattr(blocks, "fused", lambda name, x: used.append(name) or kernels[name])
+    assert_close(block(x), wanted, relative=1e-9)
+    assert set(used) == set(kernels)
+    assert calls == ([watched] if watched else [])

@@ -19,7 +19,7 @@ def circle(x, y):
 
 
 picture = open_image(sys.argv[2]) if len(sys.argv) > 2 else circle(256, 256)
-instruction = "make the background black"
+instruction = "make the background light blue"
 result = pipe.edit(picture, instruction, seed=1)
 print(save_numbered_png(result.image, ".", "edited", {"prompt": instruction, "seed": str(result.seed)}))
 

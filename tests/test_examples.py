@@ -94,7 +94,7 @@ def test_the_readme_on_the_built_in_model_prints_what_it_says(tmp_path, monkeypa
     monkeypatch.chdir(tmp_path)
     exec(compile(BLOCKS[0], "README.md", "exec"), {})
     assert capsys.readouterr().out.splitlines() == re.findall(r"print\(.*\)  # (.*)", BLOCKS[0])
-    assert pictures(tmp_path) == ["diamond.png", "night.png"]
+    assert pictures(tmp_path) == ["diamond.png", "red.png"]
 
 
 def test_the_readme_runs_as_it_is_written(tmp_path, monkeypatch):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -13,6 +14,9 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
+
+AFTERWARDS = 0.5
+"""Seconds for the threads of a process group to let go of their last call."""
 
 
 @dataclass(frozen=True)
@@ -82,6 +86,9 @@ def leave() -> None:
     if dist.is_initialized():
         dist.barrier()
         dist.destroy_process_group()
+        # Threads of gloo live on while anything, such as FSDP's garbage, still knows the group. What they let go of
+        # after a collective call needs the interpreter: one that comes when it is ending aborts the process.
+        time.sleep(AFTERWARDS)
 
 
 def is_sharded(tensor: Tensor) -> bool:

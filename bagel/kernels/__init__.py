@@ -7,9 +7,11 @@ import importlib
 import warnings
 from collections.abc import Callable
 from types import ModuleType
-from typing import Any
+from typing import Any, TypeGuard, TypeVar
 
 from torch import OutOfMemoryError, Tensor, compiler, cuda, float64, is_grad_enabled, nn
+
+M = TypeVar("M", bound=nn.Module)
 
 
 def fused(name: str, x: Tensor) -> Callable[..., Any] | None:
@@ -33,7 +35,7 @@ def is_watched(module: nn.Module) -> bool:
     return bool(hooks)
 
 
-def is_plain(module: nn.Module, kind: type[nn.Module]) -> bool:
+def is_plain(module: nn.Module, kind: type[M]) -> TypeGuard[M]:
     """Whether a kernel may do what calling a module does: it is exactly of that class, and nothing sees the call."""
     return type(module) is kind and "forward" not in module.__dict__ and not is_watched(module)
 

@@ -9,8 +9,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor
-from torch.library import custom_op
+from torch import Tensor, library
 
 from bagel.kernels import triton_kernels
 
@@ -20,7 +19,7 @@ def _operator(kernel: Callable[..., Any], like: Callable[..., Any], *, changes: 
 
     `changes`: the argument that it changes, if any.
     """
-    operator = custom_op(f"bagel::{kernel.__name__}", kernel, mutates_args=(changes,) if changes else ())
+    operator = library.custom_op(f"bagel::{kernel.__name__}", kernel, mutates_args=(changes,) if changes else ())
     operator.register_fake(like)
     return operator
 

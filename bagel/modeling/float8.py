@@ -63,16 +63,14 @@ class Float8Linear(nn.Module):
 
     def of_gated(self, gate_up: Tensor, plus: Tensor) -> Tensor:
         """Map silu(gate) * up of gate and up side by side (T, 2 in) to (T, out), and add plus."""
-        if not is_plain(self, Float8Linear):
-            return plus + self(gated(gate_up))
-        if gate_up.shape[0] == 1:
-            product = fused("matrix_times_vector", gate_up) if plus.dtype == gate_up.dtype else None
-            x = gated(gate_up)
-            return product(x, self.weight, self.scale, self.bias, plus) if product else plus + self(x)
-        if silu_mul_round := fused("silu_mul_round", gate_up):
+        plain, single = is_plain(self, Float8Linear), gate_up.shape[0] == 1
+        if plain and not single and (silu_mul_round := fused("silu_mul_round", gate_up)):
             rows, scale = silu_mul_round(gate_up, **ROUNDING)
             return plus + self._product(rows, scale, gate_up.dtype)
-        return plus + self(gated(gate_up))
+        x = gated(gate_up)
+        if plain and single and x.dtype == plus.dtype and (product := fused("matrix_times_vector", x)):
+            return product(x, self.weight, scale=self.scale, bias=self.bias, plus=plus)
+        return plus + self(x)
 
     def _product(self, rows: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
         kind, bias = ScalingType.RowWise, self.bias

@@ -138,7 +138,7 @@ class MLP(nn.Module):
 
 def add_mlp(mlp: nn.Module, norm: RMSNorm, x: Tensor, plus: Tensor) -> Tensor:
     """Add to the residual stream x (T, H) plus, and then what an MLP maps the norm of that to."""
-    if isinstance(mlp, MLP) and is_plain(mlp, MLP) and not is_watched(norm) and norm.weight.dtype != torch.float16:
+    if is_plain(mlp, MLP) and not is_watched(norm) and norm.weight.dtype != torch.float16:
         of_gated = getattr(mlp.down_proj, "of_gated", None)  # not there where something wraps the layer
         if of_gated is not None:
             total, gate_up = of_normed(mlp.gate_up_proj, x, norm, plus)

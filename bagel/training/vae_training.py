@@ -20,6 +20,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from bagel.config import VAEConfig
+from bagel.image import in_unit
 from bagel.training import state
 from bagel.training.config import TrainConfig
 from bagel.training.logs import Log
@@ -249,8 +250,7 @@ class VAETrainer:
             raise FloatingPointError(f"the autoencoder's loss is not finite by step {self.done}: lower lr or clip_norm")
 
     def _unit(self, pixels: Tensor) -> Tensor:
-        pixels = pixels.to(self.device, non_blocking=True)
-        return pixels.float() / 127.5 - 1 if pixels.dtype == torch.uint8 else pixels
+        return in_unit(pixels.to(self.device, non_blocking=True))
 
     def _generator(self, number: int) -> torch.Generator:
         return torch.Generator(self.device).manual_seed(random.Random(f"{self.config.seed}/{number}").getrandbits(63))

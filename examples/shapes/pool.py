@@ -19,7 +19,7 @@ from data import Shapes
 from PIL import Image
 
 from bagel.evaluation.samples import Example
-from bagel.image import patchify
+from bagel.image import in_unit, patchify
 from bagel.training import ItemMaker, LatentItem, ViTItem
 from bagel.training.samples import Item
 from bagel.vae import Autoencoder
@@ -122,4 +122,4 @@ def encode(pixels: torch.Tensor, vae: Autoencoder, generator: torch.Generator) -
     """Return latents of pictures (n, 3, H, W) in 8 bits, sampled from the posterior."""
     count, down = len(pixels), vae.config.downsample
     shape = (count, vae.config.z_channels, pixels.shape[2] // down, pixels.shape[3] // down)
-    return vae.encode(pixels.float() / 127.5 - 1, torch.randn(shape, generator=generator)).float()
+    return vae.encode(in_unit(pixels), torch.randn(shape, generator=generator)).float()

@@ -18,7 +18,6 @@ import json
 import random
 from pathlib import Path
 
-import numpy as np
 import torch
 from data import WEIGHTS, Shapes
 from model import CONFIG, SIDE
@@ -30,6 +29,7 @@ from bagel.evaluation.motion import random_motion
 from bagel.evaluation.render import render
 from bagel.evaluation.samples import sample
 from bagel.evaluation.scene import random_scene
+from bagel.image import in_unit, to_levels
 from bagel.loading import load_parts
 from bagel.modeling import Bagel
 from bagel.pipeline import BagelPipeline
@@ -66,7 +66,7 @@ def picture(rng: random.Random) -> torch.Tensor:
     """Return one picture (3, H, W) uint8 of any task."""
     task = rng.choice(("t2i1", "t2i2", "t2i3", "video"))
     image = rng.choice(sample(rng, task, side=SIDE).outputs)
-    return torch.from_numpy(np.array(image)).permute(2, 0, 1).contiguous()
+    return to_levels(image).contiguous()
 
 
 def placed(rng: random.Random) -> torch.Tensor:
@@ -75,7 +75,7 @@ def placed(rng: random.Random) -> torch.Tensor:
         image = rng.choice(random_motion(rng).frames(side=SIDE))
     else:
         image = render(random_scene(rng, objects=rng.choice((1, 2, 3, 3))), side=SIDE)
-    return torch.from_numpy(np.array(image)).permute(2, 0, 1).contiguous()
+    return to_levels(image).contiguous()
 
 
 def train_vae(args: argparse.Namespace) -> None:
@@ -115,7 +115,7 @@ def train_decoder(args: argparse.Namespace) -> None:
 def tell(vae: Autoencoder, device: str) -> None:
     """Print how well pictures that were not trained on are reconstructed."""
     rng = random.Random("held-out pictures")
-    pixels = torch.stack([picture(rng) for _ in range(512)]).to(device) / 127.5 - 1
+    pixels = in_unit(torch.stack([picture(rng) for _ in range(512)]).to(device))
     noise = torch.randn(vae.moments(pixels)[0].shape, generator=torch.Generator().manual_seed(0))
     error = (vae.decode(vae.encode(pixels, noise)).clamp(-1, 1) - pixels).square().mean((1, 2, 3)) / 4
     decibels = -10 * error.log10()

@@ -104,6 +104,19 @@ def test_other_words_say_the_same():
     assert reworded(rng, chat) is chat
 
 
+def test_edits_are_drawn_until_one_is_wanted():
+    rng = random.Random(5)
+    shapes = recipe_data.Shapes("edit", None, 16)
+    edits = [shapes.example(rng) for _ in range(300)]
+    dark = [edit for edit in edits if "black" in {scene.background for scene in edit.scenes}]
+    assert 0.4 < len(dark) / len(edits) < 0.6, "as many as were asked for, and one in five of the others"
+    assert {edit.detail for edit in edits} == set(recipe_data.CHANGED)
+    several = [edit for edit in edits if len(edit.scenes[0].objects) > 1]
+    assert 0.75 < len(several) / len(edits) < 0.97
+    with pytest.raises(ValueError, match="wanted is for edits, got task 'caption'"):
+        sample(rng, "caption", side=16, wanted=lambda edit: True)
+
+
 def test_a_pool_holds_the_latents_of_its_pictures(parts, pool):
     model, vae, tokenizer = parts
     shapes = recipe_data.Shapes("t2i1", recipe_pool.EncodedMaker(model.config, tokenizer), SIDE)
@@ -129,7 +142,7 @@ def test_a_run_trains_from_the_pool_and_is_exported(pool, vae_run, tmp_path, mon
         recipe.main()
 
     settings = json.dumps({"steps": 2, "warmup": 1, "compile": False, "log_every": 1})
-    common = ("--vae", vae_run, "--pool", pool, "--device", "cpu", "--tokens", 600, "--set", settings)
+    common = ("--vae", vae_run, "--pool", pool, "--device", "cpu", "--tokens", 1500, "--set", settings)
     run("model", "--start", CHECKPOINT, "--out", tmp_path / "first", *common)
     run("model", "--start", tmp_path / "first", "--out", tmp_path / "second", *common)
     monkeypatch.setattr(recipe, "tell", lambda *_: None)  # reconstructs hundreds of pictures

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 
 from PIL import Image
 
-from bagel.evaluation.edits import CHANGES, edit
+from bagel.evaluation.edits import CHANGES, Edit, edit
 from bagel.evaluation.language import (
     ATTRIBUTES,
     WORDINGS,
@@ -101,13 +101,20 @@ def _question(rng: random.Random, task: str, split: str, side: int, detail: str 
             return Example(task, inputs, (question.answer,), (scene,), detail=question.about)
 
 
-def _edit(rng: random.Random, task: str, split: str, side: int, detail: str | None, *, at_least: int = 1) -> Example:
+def _edit(
+    rng: random.Random,
+    task: str,
+    split: str,
+    side: int,
+    detail: str | None,
+    *,
+    wanted: Callable[[Edit], bool] = lambda _: True,
+) -> Example:
     change = detail or rng.choice(CHANGES)
     counts = {"add": (1, 2), "remove": (2, 3)}.get(change, (1, 2, 3))
-    counts = [count for count in counts if count >= min(at_least, counts[-1])]
     while True:
         done = edit(rng, random_scene(rng, objects=rng.choice(counts), split=split), change=change)
-        if split_of(done.after) == split:
+        if wanted(done) and split_of(done.after) == split:
             break
     before, after = (render(scene, side=side) for scene in (done.before, done.after))
     stated = frozenset(ATTRIBUTES) - {"relation"}
@@ -156,23 +163,23 @@ def sample(
     *,
     side: int = 64,
     detail: str | None = None,
-    at_least: int | None = None,
+    wanted: Callable[[Edit], bool] | None = None,
 ) -> Example:
     """Draw one example of a task from a split; the same seed gives the same example.
 
     `detail` asks for one of `DETAILS[task]`; any by default. An edit's scenes before and after are both of the split,
-    and there are `at_least` so many shapes before, or as many as the change allows.
+    and edits are drawn until one is `wanted`.
 
-    Raises ValueError for a task, split or detail that does not exist, and `at_least` for another task.
+    Raises ValueError for a task, split or detail that does not exist, and `wanted` for another task.
     """
     if task not in _MAKE:
         raise ValueError(f"task must be one of {', '.join(TASKS)}, got {task!r}")
     if detail is not None and detail not in DETAILS.get(task, ()):
         raise ValueError(f"detail of task {task} must be one of {', '.join(DETAILS.get(task, ()))}, got {detail!r}")
-    if at_least is not None:
+    if wanted is not None:
         if task != "edit":
-            raise ValueError(f"at_least is for edits, got task {task!r}")
-        return _edit(rng, task, split, side, detail, at_least=at_least)
+            raise ValueError(f"wanted is for edits, got task {task!r}")
+        return _edit(rng, task, split, side, detail, wanted=wanted)
     return _MAKE[task](rng, task, split, side, detail)
 
 

@@ -11,10 +11,11 @@ from dataclasses import dataclass
 
 from PIL import Image
 
+from bagel.evaluation.edits import Edit
 from bagel.evaluation.questions import ask
 from bagel.evaluation.render import render
 from bagel.evaluation.samples import DETAILS, Example, reworded, sample
-from bagel.evaluation.scene import Scene, random_scene
+from bagel.evaluation.scene import BACKGROUNDS, Scene, random_scene
 from bagel.evaluation.tasks import NEXT_FRAME, SHOWN_FRAMES
 from bagel.options import THINK_GENERATE
 from bagel.training import ItemMaker
@@ -26,6 +27,8 @@ CHANGED = {"recolor": 3, "move": 4, "add": 1, "remove": 2, "background": 4}
 """How often an edit is of each kind."""
 SEVERAL = 0.6
 """How often an edit begins with two shapes at least, or with three, as far as it allows: there is more to mistake."""
+ON_BLACK = 0.35
+"""How often an edit begins or ends on black at least: no other background is as hard."""
 DROPPED = {"t2i1": 0.1, "t2i2": 0.1, "t2i3": 0.1, "think": 0.15, "edit": 0.4, "frames": 0.5}
 """How often the texts of a task are left out.
 
@@ -59,15 +62,27 @@ class Shapes:
 
     def example(self, rng: random.Random) -> Example:
         """Return one random example, its pictures drawn."""
+        if self.task == "edit":
+            return self.example_of_edit(rng)
         detail = None
         if self.task.startswith("t2i"):
             wordings = DETAILS[self.task]
             (detail,) = rng.choices(wordings, [WORDINGS[name] for name in wordings])
-        if self.task == "edit":
-            (detail,) = rng.choices(list(CHANGED), list(CHANGED.values()))
-            at_least = rng.choice((2, 3)) if rng.random() < SEVERAL else 1
-            return sample(rng, "edit", side=self.side, detail=detail, at_least=at_least)
         return sample(rng, "video" if self.task == "frames" else self.task, side=self.side, detail=detail)
+
+    def example_of_edit(self, rng: random.Random) -> Example:
+        """Return one random edit, more often of those that are hard."""
+        (change,) = rng.choices(list(CHANGED), list(CHANGED.values()))
+        at_least = rng.choice((2, 3)) if rng.random() < SEVERAL else 1
+        if change == "add":
+            at_least = min(at_least, 2)
+        backgrounds = {"black"} if rng.random() < ON_BLACK else set(BACKGROUNDS)
+
+        def wanted(edit: Edit) -> bool:
+            fitting = not backgrounds.isdisjoint((edit.before.background, edit.after.background))
+            return fitting and len(edit.before.objects) >= at_least
+
+        return sample(rng, "edit", side=self.side, detail=change, wanted=wanted)
 
     def items(self, example: Example, rng: random.Random) -> Sequence[Item]:
         """Return the items of an example that was kept, in words drawn afresh."""

@@ -38,6 +38,7 @@ def plan_flow(parts: Parts, jobs: Sequence[Job]) -> tuple[GuidedVelocity, Tensor
         timesteps=timesteps[:-1],
         image_tokens=parts.image_tokens,
         attention=parts.attention,
+        graph_memory=parts.graph_memory,
     )
     velocity = GuidedVelocity(
         denoiser.hidden,

@@ -15,6 +15,7 @@ from bagel.contexts import Entry, GuidanceContexts
 from bagel.image import in_unit, open_image, patch_positions, patchify, prepare_input
 from bagel.modeling import Bagel, MissingHalfError
 from bagel.modeling.decoding import DecodeSteps
+from bagel.modeling.graphs import GraphMemory
 from bagel.options import THINK_GENERATE, THINK_UNDERSTAND, Options, Output, described
 from bagel.packing import LatentImage, Text, ViTImage
 from bagel.tokenizer import Tokenizer
@@ -103,7 +104,7 @@ def _opened(value: Any) -> str:
 class Parts:
     """The loaded model and what belongs to it; `vae` is None where nothing can be drawn.
 
-    `decode_steps` keeps scratch memory, on whose contents no result depends.
+    `decode_steps` and `graph_memory` keep scratch memory, on whose contents no result depends.
     """
 
     model: Bagel
@@ -111,6 +112,7 @@ class Parts:
     tokenizer: Tokenizer
     attention: str = "sdpa"
     decode_steps: DecodeSteps = field(default_factory=DecodeSteps, compare=False, repr=False)
+    graph_memory: GraphMemory = field(default_factory=GraphMemory, compare=False, repr=False)
 
     @property
     def image_tokens(self) -> tuple[int, int]:

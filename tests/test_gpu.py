@@ -134,6 +134,24 @@ def test_drawing_never_waits_for_the_gpu(bf16_pipeline, given):
     assert not torch.equal(drawn[0], noise)
 
 
+@torch.inference_mode()
+def test_graphs_of_small_pictures_change_no_number_and_take_no_more_memory_each_time(bf16_pipeline):
+    given = {"height": 64, "width": 64, "num_timesteps": 12, "seed": 1, "progress": False}
+    draw = lambda: bf16_pipeline.text_to_image("a red circle", **given).latents  # noqa: E731
+    found, reserved = [], []
+    for _ in range(4):
+        found.append(draw())
+        reserved.append(torch.cuda.memory_reserved())
+    assert vars(bf16_pipeline.parts.graph_memory.own)["of_gpu"]
+    assert reserved[1:] == reserved[1:2] * 3
+    calls = []
+    hook = bf16_pipeline.parts.model.decoder.layers[0].register_forward_hook(lambda *_: calls.append(1))
+    found.append(draw())
+    hook.remove()
+    assert len(calls) > 11, "a hook sees every evaluation"
+    assert all(torch.equal(latents, found[0]) for latents in found)
+
+
 @pytest.fixture(scope="module")
 def float32_pipeline() -> BagelPipeline:
     return BagelPipeline.from_pretrained(REFERENCE / "tiny" / "checkpoint", device="cuda", dtype=torch.float32)

@@ -1,7 +1,7 @@
 """Decoding as a CUDA graph: at one token a text the launching of kernels takes longer than the kernels.
 
-A graph replays the very same work on the very same memory, so caches have a fixed size here and lengths live on the
-GPU; the forward is that of `Decoder`, with an attention of its own.
+Caches have a fixed size here and lengths live on the GPU; the forward is that of `Decoder`, with an attention of its
+own.
 """
 
 from __future__ import annotations
@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 
 from bagel.attention import attend_appended
-from bagel.kernels import is_watched
 from bagel.modeling.bagel import Bagel
 from bagel.modeling.cache import Context
+from bagel.modeling.graphs import can_capture
 from bagel.modeling.layers import Heads
 from bagel.modeling.mot import Streams
 
@@ -141,14 +141,6 @@ class DecodeSteps:
 
     def __reduce__(self) -> tuple[type[DecodeSteps], tuple[()]]:
         return DecodeSteps, ()
-
-
-def can_capture(model: Bagel) -> bool:
-    """Whether graphs can be made of a model: it is on the current GPU, and nobody watches its layers or casts them."""
-    if model.device.type != "cuda" or model.device.index != torch.cuda.current_device():
-        return False
-    watched = any(map(is_watched, model.decoder.modules()))
-    return not watched and not torch.is_autocast_enabled("cuda")
 
 
 def has_room(model: Bagel, texts: int, capacity: int) -> bool:

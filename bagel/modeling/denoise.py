@@ -6,6 +6,7 @@ evaluations (rows, positions, the tokens around the picture, embeddings of all t
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from collections.abc import Sequence as Many
 from dataclasses import dataclass
 
@@ -14,9 +15,12 @@ from torch import Tensor
 
 from bagel.modeling.bagel import Bagel
 from bagel.modeling.cache import Context, Place
+from bagel.modeling.graphs import GraphMemory, Replayed, can_capture
 from bagel.modeling.mot import Streams
 from bagel.modeling.plan import AttentionPlan, Sequence
-from bagel.modeling.rope import Rotary
+
+LAUNCH_BOUND = 4096
+"""Latent tokens below which a fast GPU has evaluated them before the CPU has launched what is to be done."""
 
 
 @dataclass(frozen=True)
@@ -38,10 +42,9 @@ class Branch:
 class _Layout:
     """One set of branches evaluated together, laid out once."""
 
-    plan: AttentionPlan
-    rotary: tuple[Rotary, Rotary]
-    und: Tensor  # (2 * branches, H), the tokens around each picture
-    pictures: tuple[int, ...]
+    pictures: tuple[int, ...]  # of each branch
+    decoder: Callable[[Tensor], Tensor]  # latent tokens -> what leaves the last layer
+    replayed: Replayed | None  # the same, for graphs
 
 
 class Denoiser:
@@ -54,6 +57,8 @@ class Denoiser:
         timesteps: the times of all evaluations (S,), float32 in [0, 1].
         image_tokens: ids of `<|vision_start|>` and `<|vision_end|>`.
         attention: backend, see `bagel.attention`.
+        graph_memory: where given, a GPU replays the evaluations of small pictures as CUDA graphs, to the same numbers;
+            what is on the way from one evaluation to the next must stay in place then, weights for example.
     """
 
     def __init__(
@@ -65,10 +70,12 @@ class Denoiser:
         timesteps: Tensor,
         image_tokens: tuple[int, int],
         attention: str = "sdpa",
+        graph_memory: GraphMemory | None = None,
     ) -> None:
         self.model = model
         self.branches = tuple(branches)
         self.attention = attention
+        self.graph_memory = graph_memory
         device = model.device
         self.sizes = tuple(ids.shape[0] for ids in position_ids)
         cells = torch.cat(list(position_ids)).to(device)
@@ -97,9 +104,10 @@ class Denoiser:
         for picture in dict.fromkeys(layout.pictures):
             tokens[picture] = model.latent_tokens(latents[picture], self.times[step], self.tables[picture])
         gen = [tokens[picture] for picture in layout.pictures]
-        x = Streams(layout.und, gen[0] if len(gen) == 1 else torch.cat(gen))
-        hidden = model.decoder(x, layout.rotary, layout.plan)
-        return list(hidden.gen.split([self.sizes[picture] for picture in layout.pictures]))
+        x = gen[0] if len(gen) == 1 else torch.cat(gen)
+        decoder = layout.replayed if layout.replayed and can_capture(model) else layout.decoder
+        hidden = decoder(x)
+        return list(hidden.split([self.sizes[picture] for picture in layout.pictures]))
 
     def velocity(self, hidden: Tensor) -> Tensor:
         """Return float32 velocities (n, P) of last-layer states (n, H)."""
@@ -117,11 +125,15 @@ class Denoiser:
             und_positions.append(torch.full((2,), position, device=device))  # made on the device: nothing to wait for
             gen_positions.append(torch.full((count,), position, device=device))
             start += count
-        layout = _Layout(
-            plan=AttentionPlan(sequences, backend=self.attention),
-            rotary=(decoder.rotary(torch.cat(und_positions)), decoder.rotary(torch.cat(gen_positions))),
-            und=self.around.repeat(len(branches), 1),
-            pictures=tuple(branch.picture for branch in branches),
-        )
+        plan = AttentionPlan(sequences, backend=self.attention)
+        rotary = decoder.rotary(torch.cat(und_positions)), decoder.rotary(torch.cat(gen_positions))
+        und = self.around.repeat(len(branches), 1)  # the tokens around each picture
+
+        def run(gen: Tensor) -> Tensor:
+            return decoder(Streams(und, gen), rotary, plan).gen
+
+        memory = self.graph_memory if start < LAUNCH_BOUND else None
+        replayed = None if memory is None else Replayed(run, memory)
+        layout = _Layout(tuple(branch.picture for branch in branches), run, replayed)
         self.layouts[active] = layout
         return layout

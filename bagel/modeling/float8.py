@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import ScalingType, scaled_mm
 
 from bagel.kernels import fused, is_plain
 from bagel.modeling.bagel import Bagel, MissingHalfError
@@ -73,17 +72,15 @@ class Float8Linear(nn.Module):
         return plus + self(x)
 
     def _product(self, rows: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
-        kind, bias = ScalingType.RowWise, self.bias
+        bias = self.bias
         within = bias is not None and bias.dtype == torch.bfloat16  # other types would be rounded to it
-        out = scaled_mm(
+        out = torch.ops.aten._scaled_mm(  # not `scaled_mm` of torch.nn.functional, which torch 2.11 cannot compile
             rows,
             self.weight.t(),
-            scale,
-            kind,
-            self.scale.t(),
-            kind,
+            scale_a=scale,
+            scale_b=self.scale.t(),
             bias=bias if within else None,
-            output_dtype=torch.bfloat16,
+            out_dtype=torch.bfloat16,
             use_fast_accum=True,
         )
         out = out.to(dtype)

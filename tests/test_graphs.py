@@ -1,0 +1,84 @@
+"""Evaluations of small pictures as a GPU's graphs do them: the same numbers, on memory that stays where it is."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+
+import pytest
+import torch
+from conftest import REFERENCE
+
+from bagel import BagelPipeline
+from bagel.modeling import denoise
+from bagel.modeling.graphs import GraphMemory, Replayed
+
+
+class Repeated:
+    """Stands in for a graph: writes what a computation gives on its memory where it gave it first."""
+
+    def __init__(self, compute) -> None:
+        self.compute, self.out = compute, compute()
+
+    def replay(self) -> None:
+        self.out.copy_(self.compute())
+
+
+@pytest.fixture
+def captured(monkeypatch) -> list[Repeated]:
+    """The graphs that were made, on a CPU."""
+    graphs = []
+
+    def capture(memory, compute):
+        graphs.append(Repeated(compute))
+        return graphs[-1], graphs[-1].out
+
+    monkeypatch.setattr(GraphMemory, "capture", capture)
+    monkeypatch.setattr(denoise, "can_capture", lambda model: True)
+    return graphs
+
+
+@pytest.fixture(scope="module")
+def pipe() -> BagelPipeline:
+    return BagelPipeline.from_pretrained(REFERENCE / "tiny" / "checkpoint", device="cpu", dtype=torch.float32)
+
+
+def drawn(pipe: BagelPipeline, **options) -> torch.Tensor:
+    prompts = ["a red circle", "two blue squares on a gray background"]
+    results = pipe.text_to_image(prompts, height=64, width=64, num_timesteps=20, seed=[3, 4], progress=False, **options)
+    return torch.stack([result.latents for result in results])
+
+
+@pytest.mark.parametrize("options", [{}, {"taylorseer": True}, {"cfg_interval": (0.4, 0.9)}])
+def test_drawing_with_graphs_gives_the_same_numbers(pipe, captured, monkeypatch, options):
+    found = drawn(pipe, **options)
+    assert captured
+    monkeypatch.setattr(denoise, "can_capture", lambda model: False)
+    assert torch.equal(found, drawn(pipe, **options))
+
+
+def test_only_evaluations_that_are_small_and_repeated_are_captured(pipe, captured, monkeypatch):
+    draw = lambda steps: pipe.text_to_image("a star", height=64, width=64, num_timesteps=steps, progress=False)  # noqa: E731
+    draw(2)
+    assert not captured
+    tokens = pipe.parts.latent_cells(64, 64).shape[0]
+    monkeypatch.setattr(denoise, "LAUNCH_BOUND", tokens)
+    draw(20)
+    assert not captured
+    monkeypatch.setattr(denoise, "LAUNCH_BOUND", tokens + 1)
+    draw(20)
+    assert len(captured) == 1, "the evaluations without guidance"
+
+
+def test_what_a_replay_returned_is_not_overwritten_by_the_next(captured):
+    replayed = Replayed(lambda x: 2 * x, GraphMemory())
+    results = [replayed(torch.full((3,), float(value))) for value in range(4)]
+    assert [result[0].item() for result in results] == [0, 2, 4, 6]
+    assert len(captured) == 1
+
+
+def test_a_copy_of_graph_memory_is_empty():
+    memory = GraphMemory()
+    memory.own.of_gpu = {0: ("stream", "graph")}
+    for other in (copy.deepcopy(memory), pickle.loads(pickle.dumps(memory))):
+        assert not vars(other.own)

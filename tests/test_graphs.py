@@ -8,9 +8,10 @@ import pickle
 import pytest
 import torch
 from conftest import REFERENCE
+from small_model import small_model
 
 from bagel import BagelPipeline
-from bagel.modeling import denoise
+from bagel.modeling import denoise, graphs
 from bagel.modeling.graphs import GraphMemory, Replayed
 
 
@@ -27,15 +28,15 @@ class Repeated:
 @pytest.fixture
 def captured(monkeypatch) -> list[Repeated]:
     """The graphs that were made, on a CPU."""
-    graphs = []
+    made = []
 
     def capture(memory, compute):
-        graphs.append(Repeated(compute))
-        return graphs[-1], graphs[-1].out
+        made.append(Repeated(compute))
+        return made[-1], made[-1].out
 
     monkeypatch.setattr(GraphMemory, "capture", capture)
-    monkeypatch.setattr(denoise, "can_capture", lambda model: True)
-    return graphs
+    monkeypatch.setattr(graphs, "can_capture", lambda model: True)
+    return made
 
 
 @pytest.fixture(scope="module")
@@ -53,7 +54,7 @@ def drawn(pipe: BagelPipeline, **options) -> torch.Tensor:
 def test_drawing_with_graphs_gives_the_same_numbers(pipe, captured, monkeypatch, options):
     found = drawn(pipe, **options)
     assert captured
-    monkeypatch.setattr(denoise, "can_capture", lambda model: False)
+    monkeypatch.setattr(graphs, "can_capture", lambda model: False)
     assert torch.equal(found, drawn(pipe, **options))
 
 
@@ -70,11 +71,22 @@ def test_only_evaluations_that_are_small_and_repeated_are_captured(pipe, capture
     assert len(captured) == 1, "the evaluations without guidance"
 
 
-def test_what_a_replay_returned_is_not_overwritten_by_the_next(captured):
-    replayed = Replayed(lambda x: 2 * x, GraphMemory())
+def test_what_a_replay_returned_is_not_overwritten_by_the_next(pipe, captured):
+    replayed = Replayed(lambda x: 2 * x, pipe.parts.model, GraphMemory())
     results = [replayed(torch.full((3,), float(value))) for value in range(4)]
     assert [result[0].item() for result in results] == [0, 2, 4, 6]
     assert len(captured) == 1
+
+
+def test_other_weights_make_another_graph(captured):
+    model = small_model()
+    replayed = Replayed(lambda x: x * model.decoder.norm.weight, model, GraphMemory())
+    x = torch.ones(48)
+    with torch.no_grad():
+        replayed(x), replayed(x)
+        model.decoder.norm.weight.data = torch.full((48,), 3.0)
+        assert [replayed(x)[0].item() for _ in range(3)] == [3, 3, 3]
+    assert len(captured) == 2
 
 
 def test_a_copy_of_graph_memory_is_empty():

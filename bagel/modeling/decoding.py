@@ -14,7 +14,7 @@ from torch import Tensor
 from bagel.attention import attend_appended
 from bagel.modeling.bagel import Bagel
 from bagel.modeling.cache import Context
-from bagel.modeling.graphs import can_capture
+from bagel.modeling.graphs import addresses, can_capture
 from bagel.modeling.layers import Heads
 from bagel.modeling.mot import Streams
 
@@ -61,7 +61,7 @@ class DecodeStep:
 
     def __init__(self, model: Bagel, texts: int, capacity: int) -> None:
         self.model, self.texts, self.capacity = model, texts, capacity
-        self.weights = _addresses(model)
+        self.weights = addresses(model)
         self.caches = FixedCaches(model, texts, capacity)
         self.ids = torch.zeros(texts, device=model.device, dtype=torch.long)
         self.positions = torch.zeros_like(self.ids)
@@ -69,7 +69,7 @@ class DecodeStep:
 
     def fits(self, model: Bagel, texts: int, tokens: int) -> bool:
         """Whether this may be used again: for as many texts of so many tokens, and the same weights."""
-        return texts == self.texts and tokens <= self.capacity and self.weights == _addresses(model)
+        return texts == self.texts and tokens <= self.capacity and self.weights == addresses(model)
 
     def begin(self, contexts: Sequence[Context]) -> None:
         """Go on from B contexts, which stay as they are."""
@@ -149,9 +149,3 @@ def has_room(model: Bagel, texts: int, capacity: int) -> bool:
     size = 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim * model.dtype.itemsize
     unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
     return size * texts * capacity * SHARE <= torch.cuda.mem_get_info(device)[0] + unused
-
-
-def _addresses(model: Bagel) -> tuple[tuple[int, torch.dtype], ...]:
-    """Where the decoder's weights are: a graph reads them there, whatever becomes of the modules."""
-    decoder = model.decoder
-    return tuple((x.data_ptr(), x.dtype) for part in (decoder.parameters(), decoder.buffers()) for x in part)

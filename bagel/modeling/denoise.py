@@ -15,7 +15,7 @@ from torch import Tensor
 
 from bagel.modeling.bagel import Bagel
 from bagel.modeling.cache import Context, Place
-from bagel.modeling.graphs import GraphMemory, Replayed, can_capture
+from bagel.modeling.graphs import GraphMemory, Replayed
 from bagel.modeling.mot import Streams
 from bagel.modeling.plan import AttentionPlan, Sequence
 
@@ -44,7 +44,6 @@ class _Layout:
 
     pictures: tuple[int, ...]  # of each branch
     decoder: Callable[[Tensor], Tensor]  # latent tokens -> what leaves the last layer
-    replayed: Replayed | None  # the same, for graphs
 
 
 class Denoiser:
@@ -57,8 +56,7 @@ class Denoiser:
         timesteps: the times of all evaluations (S,), float32 in [0, 1].
         image_tokens: ids of `<|vision_start|>` and `<|vision_end|>`.
         attention: backend, see `bagel.attention`.
-        graph_memory: where given, a GPU replays the evaluations of small pictures as CUDA graphs, to the same numbers;
-            what is on the way from one evaluation to the next must stay in place then, weights for example.
+        graph_memory: where given, a GPU replays the evaluations of small pictures as CUDA graphs, to the same numbers.
     """
 
     def __init__(
@@ -105,9 +103,7 @@ class Denoiser:
             tokens[picture] = model.latent_tokens(latents[picture], self.times[step], self.tables[picture])
         gen = [tokens[picture] for picture in layout.pictures]
         x = gen[0] if len(gen) == 1 else torch.cat(gen)
-        decoder = layout.replayed if layout.replayed and can_capture(model) else layout.decoder
-        hidden = decoder(x)
-        return list(hidden.split([self.sizes[picture] for picture in layout.pictures]))
+        return list(layout.decoder(x).split([self.sizes[picture] for picture in layout.pictures]))
 
     def velocity(self, hidden: Tensor) -> Tensor:
         """Return float32 velocities (n, P) of last-layer states (n, H)."""
@@ -133,7 +129,7 @@ class Denoiser:
             return decoder(Streams(und, gen), rotary, plan).gen
 
         memory = self.graph_memory if start < LAUNCH_BOUND else None
-        replayed = None if memory is None else Replayed(run, memory)
-        layout = _Layout(tuple(branch.picture for branch in branches), run, replayed)
+        decoded = run if memory is None else Replayed(run, self.model, memory)
+        layout = _Layout(tuple(branch.picture for branch in branches), decoded)
         self.layouts[active] = layout
         return layout

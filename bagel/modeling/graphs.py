@@ -15,6 +15,8 @@ from torch import Tensor
 from bagel.kernels import is_watched
 from bagel.modeling.bagel import Bagel
 
+Addresses = tuple[tuple[int, torch.dtype], ...]
+
 
 class GraphMemory:
     """The memory of the graphs of one pipeline, which the next may use when they are gone; each thread has its own.
@@ -43,22 +45,27 @@ class GraphMemory:
 class Replayed:
     """A function of one tensor, always of the same shape: computed the first time, captured the second, then replayed.
 
-    The first use may allocate, choose kernels and compile, which a graph cannot.
+    The first use may allocate, choose kernels and compile, which a graph cannot. Where no graph can be made, it is
+    computed every time.
 
     Args:
-        compute: reads only memory that stays where it is, and is not to be differentiated.
+        compute: reads only memory that stays where it is, besides the model's weights.
+        model: what it computes with.
         memory: of the graph.
     """
 
-    def __init__(self, compute: Callable[[Tensor], Tensor], memory: GraphMemory) -> None:
-        self.compute, self.memory = compute, memory
-        self.used = False
+    def __init__(self, compute: Callable[[Tensor], Tensor], model: Bagel, memory: GraphMemory) -> None:
+        self.compute, self.model, self.memory = compute, model, memory
+        self.weights: Addresses = ()
         self.graph: torch.cuda.CUDAGraph | None = None
 
     def __call__(self, x: Tensor) -> Tensor:
         """Return what the function returns for x, in memory of its own."""
-        if not self.used:
-            self.used = True
+        if not can_capture(self.model):
+            return self.compute(x)
+        weights = addresses(self.model)
+        if weights != self.weights:
+            self.weights, self.graph = weights, None
             return self.compute(x)
         if self.graph is None:
             self.x = x.clone()
@@ -88,3 +95,9 @@ def can_capture(model: Bagel) -> bool:
         return False
     watched = any(map(is_watched, model.decoder.modules()))
     return not watched and not torch.is_autocast_enabled("cuda") and not torch.is_grad_enabled()
+
+
+def addresses(model: Bagel) -> Addresses:
+    """Where the decoder's weights are: a graph reads them there, whatever becomes of the modules."""
+    decoder = model.decoder
+    return tuple((x.data_ptr(), x.dtype) for part in (decoder.parameters(), decoder.buffers()) for x in part)

@@ -26,14 +26,14 @@ COUNT = {"t2i": 20, "qa": 3, "caption": 10, "think": 8, "edit": 4, "frames": 5}
 LEAST_RIGHT = {
     "t2i": {
         "draw: one object, everything stated": 19,
-        "draw: two objects and their relation": 18,
+        "draw: two objects and their relation": 19,
         "draw: three objects, counted": 19,
     },
     "qa": {"question: all": 20},
     "caption": {"caption: all attributes": 9},
     "think": {"think: plan right, facts and caption": 7, "think: indirect prompts drawn with": 7},
-    "edit": {"edit: all": 15},
-    "frames": {"next frames: place, frame by frame": 18},
+    "edit": {"edit: all": 16},
+    "frames": {"next frames: place, frame by frame": 19},
 }
 TOTAL = {
     "draw: one object, everything stated": 20,

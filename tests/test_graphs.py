@@ -78,6 +78,19 @@ def test_what_a_replay_returned_is_not_overwritten_by_the_next(pipe, captured):
     assert len(captured) == 1
 
 
+def test_without_room_for_a_graph_each_evaluation_is_computed(pipe, captured, monkeypatch):
+    tried = []
+
+    def capture(memory, compute):
+        tried.append(compute)
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(GraphMemory, "capture", capture)
+    replayed = Replayed(lambda x: 2 * x, pipe.parts.model, GraphMemory())
+    assert [replayed(torch.full((3,), float(value)))[0].item() for value in range(4)] == [0, 2, 4, 6]
+    assert len(tried) == 1
+
+
 def test_other_weights_make_another_graph(captured):
     model = small_model()
     replayed = Replayed(lambda x: x * model.decoder.norm.weight, model, GraphMemory())

@@ -45,8 +45,8 @@ class GraphMemory:
 class Replayed:
     """A function of one tensor, always of the same shape: computed the first time, captured the second, then replayed.
 
-    The first use may allocate, choose kernels and compile, which a graph cannot. Where no graph can be made, it is
-    computed every time.
+    The first use may allocate, choose kernels and compile, which a graph cannot. Where no graph can be made, or has no
+    room, it is computed every time.
 
     Args:
         compute: reads only memory that stays where it is, besides the model's weights.
@@ -58,10 +58,11 @@ class Replayed:
         self.compute, self.model, self.memory = compute, model, memory
         self.weights: Addresses = ()
         self.graph: torch.cuda.CUDAGraph | None = None
+        self.has_room = True
 
     def __call__(self, x: Tensor) -> Tensor:
         """Return what the function returns for x, in memory of its own."""
-        if not can_capture(self.model):
+        if not self.has_room or not can_capture(self.model):
             return self.compute(x)
         weights = addresses(self.model)
         if weights != self.weights:
@@ -69,7 +70,11 @@ class Replayed:
             return self.compute(x)
         if self.graph is None:
             self.x = x.clone()
-            self.graph, self.out = self.memory.capture(lambda: self.compute(self.x))
+            try:
+                self.graph, self.out = self.memory.capture(lambda: self.compute(self.x))
+            except torch.OutOfMemoryError:  # what torch keeps for reuse is not given up while a graph is captured
+                self.has_room = False
+                return self.compute(x)
         self.x.copy_(x)
         self.graph.replay()
         return self.out.clone()

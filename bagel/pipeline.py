@@ -128,7 +128,7 @@ class BagelPipeline:
         """Compile the experts in place, and return this pipeline.
 
         Results stay the same up to rounding; prompts and pictures of any size then run without compiling again. What is
-        compiled for a GPU calls the kernels that are used without it, and is as fast: see the README.
+        compiled for a GPU calls the kernels that are used without it, and is no faster: see the README.
 
         Args:
             backend: of `torch.compile`.

@@ -87,19 +87,53 @@ def test_without_room_for_a_graph_each_evaluation_is_computed(pipe, captured, mo
 
     monkeypatch.setattr(GraphMemory, "capture", capture)
     replayed = Replayed(lambda x: 2 * x, pipe.parts.model, GraphMemory())
+    replayed.memory.own.of_gpu = {0: ("stream", "graph")}
     assert [replayed(torch.full((3,), float(value)))[0].item() for value in range(4)] == [0, 2, 4, 6]
     assert len(tried) == 1
+    assert not vars(replayed.memory.own), "what it had is free for others"
 
 
-def test_other_weights_make_another_graph(captured):
+def test_other_weights_make_another_graph(captured, monkeypatch):
+    monkeypatch.setattr(Repeated, "replay", lambda graph: None)  # a graph reads the weights that were there
     model = small_model()
-    replayed = Replayed(lambda x: x * model.decoder.norm.weight, model, GraphMemory())
+    replayed = Replayed(lambda x: torch.ones_like(x) * model.decoder.norm.weight, model, GraphMemory())
     x = torch.ones(48)
     with torch.no_grad():
-        replayed(x), replayed(x)
-        model.decoder.norm.weight.data = torch.full((48,), 3.0)
-        assert [replayed(x)[0].item() for _ in range(3)] == [3, 3, 3]
+        for weight in (1.0, 3.0):
+            model.decoder.norm.weight.data = torch.full((48,), weight)
+            assert [replayed(x)[0].item() for _ in range(3)] == 3 * [weight]
     assert len(captured) == 2
+
+
+def test_a_large_picture_has_the_memory_of_graphs(pipe, captured, monkeypatch):
+    cleared = []
+    monkeypatch.setattr(GraphMemory, "clear", lambda memory: cleared.append(memory))
+    drawn(pipe)
+    assert not cleared
+    monkeypatch.setattr(denoise, "LAUNCH_BOUND", 0)
+    drawn(pipe)
+    assert cleared
+
+
+@pytest.mark.parametrize("change", ["hook", "global hook", "forward", "gradients", "nothing"])
+def test_what_a_graph_would_leave_out_is_not_captured(monkeypatch, change):
+    model = small_model()
+    monkeypatch.setattr(type(model), "device", torch.device("cuda", 0))
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    layer, hook = model.decoder.layers[1], lambda *_: None
+    with torch.set_grad_enabled(change == "gradients"):
+        if change == "forward":
+            monkeypatch.setattr(layer, "forward", layer.forward)
+        handles = []
+        if change == "hook":
+            handles.append(layer.register_forward_pre_hook(hook))
+        if change == "global hook":
+            handles.append(torch.nn.modules.module.register_module_forward_hook(hook))
+        try:
+            assert graphs.can_capture(model) == (change == "nothing")
+        finally:
+            for handle in handles:
+                handle.remove()
 
 
 def test_a_copy_of_graph_memory_is_empty():

@@ -142,6 +142,7 @@ def test_a_run_trains_from_the_pool_and_is_exported(pool, vae_run, tmp_path, mon
         recipe.main()
 
     settings = json.dumps({"steps": 2, "warmup": 1, "compile": False, "log_every": 1})
+    # As many tokens as it takes for both steps to hold a text to learn.
     common = ("--vae", vae_run, "--pool", pool, "--device", "cpu", "--tokens", 1500, "--set", settings)
     run("model", "--start", CHECKPOINT, "--out", tmp_path / "first", *common)
     run("model", "--start", tmp_path / "first", "--out", tmp_path / "second", *common)

@@ -108,13 +108,13 @@ def _edit(
     side: int,
     detail: str | None,
     *,
-    wanted: Callable[[Edit], bool] = lambda _: True,
+    wanted: Callable[[Edit], bool] | None = None,
 ) -> Example:
     change = detail or rng.choice(CHANGES)
     counts = {"add": (1, 2), "remove": (2, 3)}.get(change, (1, 2, 3))
     while True:
         done = edit(rng, random_scene(rng, objects=rng.choice(counts), split=split), change=change)
-        if wanted(done) and split_of(done.after) == split:
+        if (wanted is None or wanted(done)) and split_of(done.after) == split:
             break
     before, after = (render(scene, side=side) for scene in (done.before, done.after))
     stated = frozenset(ATTRIBUTES) - {"relation"}

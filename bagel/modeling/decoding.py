@@ -14,7 +14,7 @@ from torch import Tensor
 from bagel.attention import attend_appended
 from bagel.modeling.bagel import Bagel
 from bagel.modeling.cache import Context
-from bagel.modeling.graphs import addresses, can_capture
+from bagel.modeling.graphs import addresses, can_capture, capturing
 from bagel.modeling.layers import Heads
 from bagel.modeling.mot import Streams
 
@@ -101,14 +101,10 @@ class DecodeStep:
         return logits
 
     def _captured(self) -> torch.cuda.CUDAGraph:
-        aside = torch.cuda.Stream()
-        aside.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(aside):  # first uses allocate, choose kernels and compile: not within a graph
-            for _ in range(2):
-                self._run()
-        torch.cuda.current_stream().wait_stream(aside)
+        for _ in range(2):  # first uses allocate, choose kernels and compile: not within a graph, nor on its stream
+            self._run()
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, stream=aside):
+        with capturing(), torch.cuda.graph(graph, stream=torch.cuda.Stream()):
             self.logits = self._run()
         return graph
 

@@ -20,7 +20,7 @@ from bagel.modeling.mot import Streams
 from bagel.modeling.plan import AttentionPlan, Sequence
 
 LAUNCH_BOUND = 4096
-"""Latent tokens below which a fast GPU has evaluated them before the CPU has launched what is to be done."""
+"""Fewer latent tokens than this a fast GPU evaluates sooner than the CPU launches the kernels."""
 
 
 @dataclass(frozen=True)
@@ -36,14 +36,6 @@ class Branch:
     picture: int
     context: Context
     place: Place = "tail"
-
-
-@dataclass(frozen=True)
-class _Layout:
-    """One set of branches evaluated together, laid out once."""
-
-    pictures: tuple[int, ...]  # of each branch
-    decoder: Callable[[Tensor], Tensor]  # latent tokens -> what leaves the last layer
 
 
 class Denoiser:
@@ -80,7 +72,7 @@ class Denoiser:
         self.tables = model.latent_pos_embed(cells).split(self.sizes)
         self.times = model.time_embedder(timesteps.to(device))  # (S, H)
         self.around = model.decoder.embed(torch.tensor(image_tokens, device=device))  # (2, H)
-        self.layouts: dict[tuple[int, ...], _Layout] = {}
+        self.decoders: dict[tuple[int, ...], Callable[[Tensor], Tensor]] = {}
         for branch in branches:
             tokens, context = 2 + self.sizes[branch.picture], branch.context
             if branch.place == "tail":
@@ -97,19 +89,21 @@ class Denoiser:
             active: indices into the branches.
         """
         model = self.model
-        layout = self.layouts.get(active) or self._lay_out(active)
+        decoder = self.decoders.get(active) or self._decoder(active)
+        pictures = [self.branches[index].picture for index in active]
         tokens = {}
-        for picture in dict.fromkeys(layout.pictures):
+        for picture in dict.fromkeys(pictures):
             tokens[picture] = model.latent_tokens(latents[picture], self.times[step], self.tables[picture])
-        gen = [tokens[picture] for picture in layout.pictures]
+        gen = [tokens[picture] for picture in pictures]
         x = gen[0] if len(gen) == 1 else torch.cat(gen)
-        return list(layout.decoder(x).split([self.sizes[picture] for picture in layout.pictures]))
+        return list(decoder(x).split([self.sizes[picture] for picture in pictures]))
 
     def velocity(self, hidden: Tensor) -> Tensor:
         """Return float32 velocities (n, P) of last-layer states (n, H)."""
         return self.model.velocity(hidden)
 
-    def _lay_out(self, active: tuple[int, ...]) -> _Layout:
+    def _decoder(self, active: tuple[int, ...]) -> Callable[[Tensor], Tensor]:
+        """Lay out branches, once, and return what maps their latent tokens to what leaves the last layer."""
         branches = [self.branches[index] for index in active]
         decoder, device = self.model.decoder, self.model.device
         sequences, und_positions, gen_positions = [], [], []
@@ -128,8 +122,11 @@ class Denoiser:
         def run(gen: Tensor) -> Tensor:
             return decoder(Streams(und, gen), rotary, plan).gen
 
-        memory = self.graph_memory if start < LAUNCH_BOUND else None
-        decoded = run if memory is None else Replayed(run, self.model, memory)
-        layout = _Layout(tuple(branch.picture for branch in branches), decoded)
-        self.layouts[active] = layout
-        return layout
+        found: Callable[[Tensor], Tensor] = run
+        if self.graph_memory is not None:
+            if start < LAUNCH_BOUND:
+                found = Replayed(run, self.model, self.graph_memory)
+            else:
+                self.graph_memory.clear()  # a large picture may need it
+        self.decoders[active] = found
+        return found

@@ -5,12 +5,14 @@ A graph replays the very same work on the very same memory.
 
 from __future__ import annotations
 
+import gc
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from bagel.kernels import is_watched
 from bagel.modeling.bagel import Bagel
@@ -37,6 +39,10 @@ class GraphMemory:
             kept[gpu] = stream, _captured(lambda: torch.zeros(1, device="cuda"), stream)[0]
         stream, anchor = kept[gpu]
         return _captured(compute, stream, anchor.pool())
+
+    def clear(self) -> None:
+        """Give up the memory of this thread, or leave it to the graphs that are still there."""
+        self.own.__dict__.clear()
 
     def __reduce__(self) -> tuple[type[GraphMemory], tuple[()]]:
         return GraphMemory, ()
@@ -69,12 +75,13 @@ class Replayed:
             self.weights, self.graph = weights, None
             return self.compute(x)
         if self.graph is None:
-            self.x = x.clone()
-            try:
+            self.x = torch.empty_like(x)
+            with suppress(torch.OutOfMemoryError):  # what torch keeps for reuse is not given up within a capture
                 self.graph, self.out = self.memory.capture(lambda: self.compute(self.x))
-            except torch.OutOfMemoryError:  # what torch keeps for reuse is not given up while a graph is captured
-                self.has_room = False
-                return self.compute(x)
+        if self.graph is None:
+            self.has_room = False
+            self.memory.clear()
+            return self.compute(x)
         self.x.copy_(x)
         self.graph.replay()
         return self.out.clone()
@@ -85,21 +92,44 @@ def _captured(
 ) -> tuple[torch.cuda.CUDAGraph, Tensor]:
     """Capture without what `torch.cuda.graph` begins with: it waits for the GPU, and gives up memory."""
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.stream(stream):
+    with capturing(), torch.cuda.stream(stream):
         graph.capture_begin(pool, capture_error_mode="thread_local")
         try:
             out = compute()
-        finally:
-            graph.capture_end()
+        except BaseException:
+            with suppress(RuntimeError):  # the first error says more
+                graph.capture_end()
+            raise
+        graph.capture_end()
     return graph, out
 
 
+_one_at_a_time = threading.Lock()
+
+
+@contextmanager
+def capturing() -> Iterator[None]:
+    """Keep other captures away, and garbage from being collected: a graph that is freed would spoil the one made."""
+    with _one_at_a_time:
+        collects = gc.isenabled()
+        gc.disable()
+        try:
+            yield
+        finally:
+            if collects:
+                gc.enable()
+
+
 def can_capture(model: Bagel) -> bool:
-    """Whether graphs can be made of a model: it is on the current GPU, and nobody watches its layers or casts them."""
+    """Whether graphs can be made of a model: it is on the current GPU, and a graph would do what calling it does.
+
+    So there are no gradients, no autocast, no hooks, and no layers whose `forward` was replaced.
+    """
     if model.device.type != "cuda" or model.device.index != torch.cuda.current_device():
         return False
-    watched = any(map(is_watched, model.decoder.modules()))
-    return not watched and not torch.is_autocast_enabled("cuda") and not torch.is_grad_enabled()
+    changed = any(is_watched(module) or "forward" in module.__dict__ for module in model.decoder.modules())
+    hooked = changed or nn.modules.module._has_any_global_hook()
+    return not hooked and not torch.is_autocast_enabled("cuda") and not torch.is_grad_enabled()
 
 
 def addresses(model: Bagel) -> Addresses:

@@ -15,11 +15,9 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from bagel.kernels import fused
+from bagel.kernels import HOPPER, fused
 
 BACKENDS = ("auto", "sdpa", "fa3", "flash", "reference")
-HOPPER = 9
-"""Major CUDA compute capability of the GPUs that FlashAttention 3 is written for."""
 PICTURE_SIZED = 2**20
 """Queries times keys from which cuDNN's kernel is worth the planning that it needs for each new shape."""
 HALF, SIZES = (torch.bfloat16, torch.float16), (16, 32, 64, 128, 256)

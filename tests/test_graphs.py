@@ -9,29 +9,31 @@ import pytest
 import torch
 from conftest import REFERENCE
 from small_model import small_model
+from torch.fx.experimental.proxy_tensor import make_fx
 
 from bagel import BagelPipeline
 from bagel.modeling import denoise, graphs
 from bagel.modeling.graphs import GraphMemory, Replayed
 
 
-class Repeated:
-    """Stands in for a graph: writes what a computation gives on its memory where it gave it first."""
+class Recorded:
+    """Stands in for a graph: does again what a computation did to the memory it used, whatever Python would do now."""
 
     def __init__(self, compute) -> None:
-        self.compute, self.out = compute, compute()
+        self.launch = make_fx(compute)()
+        self.out = self.launch()
 
     def replay(self) -> None:
-        self.out.copy_(self.compute())
+        self.out.copy_(self.launch())
 
 
 @pytest.fixture
-def captured(monkeypatch) -> list[Repeated]:
+def captured(monkeypatch) -> list[Recorded]:
     """The graphs that were made, on a CPU."""
     made = []
 
     def capture(memory, compute):
-        made.append(Repeated(compute))
+        made.append(Recorded(compute))
         return made[-1], made[-1].out
 
     monkeypatch.setattr(GraphMemory, "capture", capture)
@@ -94,7 +96,7 @@ def test_without_room_for_a_graph_each_evaluation_is_computed(pipe, captured, mo
 
 
 def test_other_weights_make_another_graph(captured, monkeypatch):
-    monkeypatch.setattr(Repeated, "replay", lambda graph: None)  # a graph reads the weights that were there
+    monkeypatch.setattr(Recorded, "replay", lambda graph: None)  # a graph reads the weights that were there
     model = small_model()
     replayed = Replayed(lambda x: torch.ones_like(x) * model.decoder.norm.weight, model, GraphMemory())
     x = torch.ones(48)

@@ -12,6 +12,8 @@ from typing import Any, TypeGuard, TypeVar
 from torch import OutOfMemoryError, Tensor, compiler, cuda, float64, is_grad_enabled, nn
 
 M = TypeVar("M", bound=nn.Module)
+HOPPER = 9
+"""Major CUDA compute capability of the GPUs for which FlashAttention 3 is written, and whose kernels can overlap."""
 
 
 def fused(name: str, x: Tensor) -> Callable[..., Any] | None:

@@ -12,8 +12,8 @@ import triton.language as tl
 from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-HOPPER = 9
-"""Major CUDA compute capability from which kernels can wait for one another within."""
+from bagel.kernels import HOPPER
+
 VALUES_A_WARP = 1024
 """Values of a row that the threads of a warp hold, 32 each, until there are sixteen warps."""
 

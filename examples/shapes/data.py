@@ -15,7 +15,7 @@ from bagel.evaluation.edits import Edit
 from bagel.evaluation.questions import ask
 from bagel.evaluation.render import render
 from bagel.evaluation.samples import DETAILS, Example, reworded, sample
-from bagel.evaluation.scene import BACKGROUNDS, Scene, random_scene
+from bagel.evaluation.scene import Scene, random_scene
 from bagel.evaluation.tasks import NEXT_FRAME, SHOWN_FRAMES
 from bagel.options import THINK_GENERATE
 from bagel.training import ItemMaker
@@ -76,11 +76,11 @@ class Shapes:
         at_least = rng.choice((2, 3)) if rng.random() < SEVERAL else 1
         if change == "add":
             at_least = min(at_least, 2)
-        backgrounds = {"black"} if rng.random() < ON_BLACK else set(BACKGROUNDS)
+        anywhere = rng.random() >= ON_BLACK
 
         def wanted(edit: Edit) -> bool:
-            fitting = not backgrounds.isdisjoint((edit.before.background, edit.after.background))
-            return fitting and len(edit.before.objects) >= at_least
+            on_black = "black" in (edit.before.background, edit.after.background)
+            return (anywhere or on_black) and len(edit.before.objects) >= at_least
 
         return sample(rng, "edit", side=self.side, detail=change, wanted=wanted)
 

@@ -95,10 +95,8 @@ def _products(x, weight, row, rows, column, WIDTH: tl.constexpr):
 def attend_appended(q: Tensor, k: Tensor, v: Tensor, keys: Tensor, values: Tensor, lengths: Tensor) -> Tensor:
     """Append one token to each text and attend from it; arguments and result as `bagel.attention.attend_appended`."""
     (texts, heads, size), (_, capacity, kv_heads, _) = q.shape, keys.shape
-    group, own = (
-        heads // kv_heads,
-        min(max(KEYS[0], triton.next_power_of_2(triton.cdiv(capacity, MOST_PARTS))), KEYS[1]),
-    )
+    group = heads // kv_heads
+    own = min(max(KEYS[0], triton.next_power_of_2(triton.cdiv(capacity, MOST_PARTS))), KEYS[1])
     parts = triton.cdiv(capacity, own)
     sums = q.new_empty(texts, heads, parts, size, dtype=torch.float32)
     logs = q.new_empty(texts, heads, parts, 2, dtype=torch.float32)

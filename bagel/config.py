@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 LAYER_MODULES = ("Qwen2MoTDecoderLayer", "Qwen2MoEDecoderLayer", "Qwen2DecoderLayer")
@@ -15,6 +16,10 @@ LAYER_MODULES = ("Qwen2MoTDecoderLayer", "Qwen2MoEDecoderLayer", "Qwen2DecoderLa
 
 class ConfigError(ValueError):
     """A configuration value that is missing, unsupported or contradicts another; the message names its file."""
+
+
+class MissingHalfError(ValueError):
+    """The model was built without the half that this call needs (vision or generation)."""
 
 
 def _require(condition: bool, message: str) -> None:
@@ -67,7 +72,7 @@ class DecoderConfig:
         )
         _require(self.head_dim % 2 == 0, f"llm_config: the head size {self.head_dim} must be even for rotary embedding")
 
-    @property
+    @cached_property
     def head_dim(self) -> int:
         """Channels of one attention head (128)."""
         return self.hidden_size // self.num_attention_heads
@@ -123,7 +128,7 @@ class ViTConfig:
         """Layers that are run and stored (26)."""
         return self.num_hidden_layers - 1
 
-    @property
+    @cached_property
     def head_dim(self) -> int:
         """Channels of one attention head (72)."""
         return self.hidden_size // self.num_attention_heads
@@ -156,7 +161,7 @@ class VAEConfig:
         _require_sizes(self, "vae_config")
         _require(len(self.ch_mult) > 0, "vae_config: ch_mult must hold at least one number, got none")
 
-    @property
+    @cached_property
     def downsample(self) -> int:
         """Pixels per latent along a side (8)."""
         return 2 ** (len(self.ch_mult) - 1)
@@ -201,13 +206,13 @@ class BagelConfig:
             "config.json: visual_und is true but there is no vit_config; set one of them right",
         )
 
-    @property
+    @cached_property
     def latent_downsample(self) -> int:
         """Pixels per latent token along a side (16); picture sides must be multiples of it."""
         vae = self.vae_config or VAEConfig()
         return vae.downsample * self.latent_patch_size
 
-    @property
+    @cached_property
     def patch_latent_dim(self) -> int:
         """Values of one latent token (64)."""
         vae = self.vae_config or VAEConfig()

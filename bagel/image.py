@@ -1,7 +1,7 @@
-"""Pictures in and out: opening, the resize rule, pixels, patches and their positions.
+"""Images in and out: opening, the resize rule, pixels, patches and their positions.
 
-A PIL picture becomes RGB, is resized by a rule (`bagel.config.ImageTransform`), turned into pixels in [-1, 1] and cut
-into patches; the way back ends in a PIL picture. Sizes of pictures are (width, height) as in PIL, of tensors and grids
+A PIL image becomes RGB, is resized by a rule (`bagel.config.ImageTransform`), turned into pixels in [-1, 1] and cut
+into patches; the way back ends in a PIL image. Sizes of images are (width, height) as in PIL, of tensors and grids
 (height, width) or (rows, columns).
 """
 
@@ -21,7 +21,7 @@ from torch import Tensor
 from bagel.config import ImageTransform
 
 EXIF_ORIENTATION = 0x0112
-UPRIGHT = {  # EXIF orientation -> what makes the picture upright (EXIF 2.3, table 6)
+UPRIGHT = {  # EXIF orientation -> what makes the image upright (EXIF 2.3, table 6)
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
     4: Image.Transpose.FLIP_TOP_BOTTOM,
@@ -33,26 +33,26 @@ UPRIGHT = {  # EXIF orientation -> what makes the picture upright (EXIF 2.3, tab
 
 
 class ImageError(ValueError):
-    """A picture that cannot be used; the message names it."""
+    """An image that cannot be used; the message names it."""
 
 
 # Opening ------------------------------------------------------------------------------------------------------------
 
 
 def open_image(source: str | Path | Image.Image, *, exif: bool = True) -> Image.Image:
-    """Open a picture as a person would see it: upright and RGB, without metadata.
+    """Open an image as a person would see it: upright and RGB, without metadata.
 
-    `source` is a path or a PIL picture (which is left as it is). Of an animated file the first frame is used; of a PIL
-    picture the frame it stands at. `exif=False` ignores EXIF rotation, as the official code does; EXIF data that cannot
+    `source` is a path or a PIL image (which is left as it is). Of an animated file the first frame is used; of a PIL
+    image the frame it stands at. `exif=False` ignores EXIF rotation, as the official code does; EXIF data that cannot
     be read means no rotation. Colours: see `to_rgb`. A file larger than `PIL.Image.MAX_IMAGE_PIXELS` is refused.
 
-    Raises ImageError for a file that is missing, no picture, broken, truncated, too large or of size zero.
+    Raises ImageError for a file that is missing, no image, broken, truncated, too large or of size zero.
     """
     if isinstance(source, Image.Image):
-        name = f"the given picture ({source.mode}, {source.width}x{source.height})"
+        name = f"the given image ({source.mode}, {source.width}x{source.height})"
         return _upright_rgb(source, name, exif=exif)
     if not isinstance(source, str | os.PathLike):
-        raise ImageError(f"a picture must be a path or a PIL image, got {type(source).__name__}")
+        raise ImageError(f"an image must be a path or a PIL image, got {type(source).__name__}")
     try:
         with Image.open(source) as image:
             _check_bomb(image, str(source))
@@ -64,13 +64,13 @@ def open_image(source: str | Path | Image.Image, *, exif: bool = True) -> Image.
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
         raise _too_large(str(source)) from error
     except Image.UnidentifiedImageError as error:
-        raise ImageError(f"{source}: not a picture in a format that PIL knows") from error
+        raise ImageError(f"{source}: not an image in a format that PIL knows") from error
     except Exception as error:  # PIL's parsers raise anything from SyntaxError to struct.error on broken bytes
         raise _unreadable(str(source), error) from error
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
-    """Convert a picture of any mode to RGB, with whatever is transparent pasted on white.
+    """Convert an image of any mode to RGB, with whatever is transparent pasted on white.
 
     Transparent are alpha channels (RGBA, LA, PA) and a transparency entry (palette, grey or RGB tRNS). Grey of more
     than 8 bits is scaled, not clipped: 16-bit and 32-bit integers (`I;16`, `I`) from 0..65535, floats (`F`) from 0..1.
@@ -86,15 +86,15 @@ def to_rgb(image: Image.Image) -> Image.Image:
     except ImageError:
         raise
     except ValueError as error:
-        raise ImageError(f"a picture of mode {image.mode} cannot be converted to RGB ({error})") from error
+        raise ImageError(f"an image of mode {image.mode} cannot be converted to RGB ({error})") from error
     return _on_white(rgba, rgba.getchannel("A"))
 
 
 def _upright_rgb(image: Image.Image, name: str, *, exif: bool) -> Image.Image:
     if min(image.size) < 1:
-        raise ImageError(f"{name}: the picture is empty, {image.width}x{image.height} pixels")
+        raise ImageError(f"{name}: the image is empty, {image.width}x{image.height} pixels")
     try:
-        image.load()  # before the orientation is read: some formats turn the picture on loading
+        image.load()  # before the orientation is read: some formats turn the image on loading
         upright = _transpose(image) if exif else image
         rgb = to_rgb(upright)
     except ImageError as error:
@@ -108,7 +108,7 @@ def _upright_rgb(image: Image.Image, name: str, *, exif: bool) -> Image.Image:
 def _transpose(image: Image.Image) -> Image.Image:
     try:
         orientation = image.getexif().get(EXIF_ORIENTATION, 1)
-    except Exception:  # a picture is seen as stored when its EXIF block is broken
+    except Exception:  # an image is seen as stored when its EXIF block is broken
         return image
     method = UPRIGHT.get(orientation)
     return image if method is None else image.transpose(method)
@@ -143,20 +143,20 @@ def _check_bomb(image: Image.Image, name: str) -> None:
 
 def _too_large(name: str) -> ImageError:
     return ImageError(
-        f"{name}: the picture has more than {Image.MAX_IMAGE_PIXELS} pixels and may be a decompression bomb; "
+        f"{name}: the image has more than {Image.MAX_IMAGE_PIXELS} pixels and may be a decompression bomb; "
         "shrink it, or raise PIL.Image.MAX_IMAGE_PIXELS if you trust it"
     )
 
 
 def _unreadable(name: str, error: Exception) -> ImageError:
-    return ImageError(f"{name}: the picture cannot be read, it may be broken or cut short ({error})")
+    return ImageError(f"{name}: the image cannot be read, it may be broken or cut short ({error})")
 
 
 # Sizes --------------------------------------------------------------------------------------------------------------
 
 
 def resized_size(width: int, height: int, rule: ImageTransform) -> tuple[int, int]:
-    """Return the (width, height) in pixels that a rule gives a picture; both are multiples of the stride.
+    """Return the (width, height) in pixels that a rule gives an image; both are multiples of the stride.
 
     The long side is shrunk to `max_image_size`, then the short side grown to `min_image_size`; an area over
     `max_pixels` and a long side over the maximum are scaled down again, each time rounded to the stride.
@@ -164,7 +164,7 @@ def resized_size(width: int, height: int, rule: ImageTransform) -> tuple[int, in
     Raises ValueError for sides below 1.
     """
     if min(width, height) < 1:
-        raise ValueError(f"a picture must have at least 1x1 pixels, got {width}x{height}")
+        raise ValueError(f"an image must have at least 1x1 pixels, got {width}x{height}")
     scale = min(rule.max_image_size / max(width, height), 1.0)
     scale = max(scale, rule.min_image_size / min(width, height))
     width, height = _scaled(width, height, scale, rule.image_stride)
@@ -185,7 +185,7 @@ def _to_stride(side: int, stride: int) -> int:
 
 
 def resize(image: Image.Image, rule: ImageTransform) -> Image.Image:
-    """Resize a picture by a rule, bicubic; a picture that has the size already is returned as it is."""
+    """Resize an image by a rule, bicubic; an image that has the size already is returned as it is."""
     size = resized_size(image.width, image.height, rule)
     return image if size == image.size else image.resize(size, Image.Resampling.BICUBIC)
 
@@ -194,17 +194,17 @@ def resize(image: Image.Image, rule: ImageTransform) -> Image.Image:
 
 
 def to_pixels(image: Image.Image) -> Tensor:
-    """Return the pixels of an RGB picture as float32 in [-1, 1], shape (3, H, W).
+    """Return the pixels of an RGB image as float32 in [-1, 1], shape (3, H, W).
 
-    Raises ImageError for a picture of another mode.
+    Raises ImageError for an image of another mode.
     """
     return in_unit(to_levels(image).contiguous())
 
 
 def to_levels(image: Image.Image) -> Tensor:
-    """Return the pixels of an RGB picture as they are, uint8 (3, H, W); raises as `to_pixels`."""
+    """Return the pixels of an RGB image as they are, uint8 (3, H, W); raises as `to_pixels`."""
     if image.mode != "RGB":
-        raise ImageError(f"pixels are taken from an RGB picture, got mode {image.mode}; open it with open_image")
+        raise ImageError(f"pixels are taken from an RGB image, got mode {image.mode}; open it with open_image")
     return torch.from_numpy(np.array(image)).permute(2, 0, 1)  # (H, W, 3) -> (3, H, W), as it lies in memory
 
 
@@ -214,7 +214,7 @@ def in_unit(pixels: Tensor) -> Tensor:
 
 
 def to_image(pixels: Tensor) -> Image.Image:
-    """Turn pixels (3, H, W), nominally in [-1, 1], into an RGB picture; levels are truncated, not rounded.
+    """Turn pixels (3, H, W), nominally in [-1, 1], into an RGB image; levels are truncated, not rounded.
 
     Raises ImageError for another shape and for values that are not finite.
     """
@@ -263,12 +263,12 @@ def patch_positions(rows: int, cols: int, side: int, *, interpolate: bool = Fals
     Raises ValueError for an empty grid, and for one larger than the table unless `interpolate` is set.
     """
     if min(rows, cols) < 1:
-        raise ValueError(f"a picture needs at least one row and one column of patches, got {rows} rows, {cols} columns")
+        raise ValueError(f"an image needs at least one row and one column of patches, got {rows} rows, {cols} columns")
     if interpolate:
         row, col = _bucketed(rows, side), _bucketed(cols, side)
     elif max(rows, cols) > side:
         raise ValueError(
-            f"a picture of {rows} rows and {cols} columns of patches does not fit the position table of "
+            f"an image of {rows} rows and {cols} columns of patches does not fit the position table of "
             f"{side}x{side}: make its sides smaller (at most {side} patches), or use a model with interpolate_pos"
         )
     else:
@@ -288,10 +288,10 @@ def _bucketed(count: int, side: int) -> Tensor:
 
 @dataclass(frozen=True)
 class PreparedImage:
-    """What the model needs of one input picture."""
+    """What the model needs of one input image."""
 
     size: tuple[int, int]
-    """(width, height) in pixels after the VAE rule: the size of an edit of this picture."""
+    """(width, height) in pixels after the VAE rule: the size of an edit of this image."""
     vae_image: Image.Image
     vit_patches: Tensor
     """What the ViT gets, uint8 (rows * cols, patch_size * patch_size * 3); see `in_unit`."""
@@ -307,12 +307,12 @@ class PreparedImage:
 def prepare_input(
     image: Image.Image, *, vae_rule: ImageTransform, vit_rule: ImageTransform, patch_size: int, once: bool = False
 ) -> PreparedImage:
-    """Make the VAE's pixels and the ViT's patches of an RGB picture (see `open_image`), in 8 bits both.
+    """Make the VAE's pixels and the ViT's patches of an RGB image (see `open_image`), in 8 bits both.
 
-    The picture is resized by the VAE rule, and both rules are then applied to the result, as in the official inference
-    code. `once=True` applies each rule to the picture itself, once, as the official benchmarks do.
+    The image is resized by the VAE rule, and both rules are then applied to the result, as in the official inference
+    code. `once=True` applies each rule to the image itself, once, as the official benchmarks do.
 
-    Raises ImageError for a picture that is not RGB, ValueError where the ViT rule's sides are no multiple of the patch.
+    Raises ImageError for an image that is not RGB, ValueError where the ViT rule's sides are no multiple of the patch.
     """
     first = resize(image, vae_rule)
     vit_levels = to_levels(resize(image if once else first, vit_rule))

@@ -1,29 +1,47 @@
-"""The pipeline: what a user calls to read, ask, draw and edit. Every task is a short cut to `generate`."""
+"""The pipeline: what a user calls to read, ask, draw and edit. Every task is a few lines over sessions."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, overload
+from typing import Any
 
 import torch
 from PIL import Image
-from torch import Tensor
 
-from bagel.answering import current_gpu, stream_text, write_texts
-from bagel.attention import check_backend, choose_backend
-from bagel.contexts import Entry, prefill_all
-from bagel.drawing import draw
-from bagel.inputs import Input, Job, Parts, begin, check_inputs, check_texts, prepare, with_pictures
-from bagel.memory import explain_out_of_memory
-from bagel.modeling import Bagel
-from bagel.options import Options, Output, make_options, one_by_one, with_options
+from bagel.generation.batches import draw_all, read_all, stream, write_all
+from bagel.generation.reading import Input, check_inputs, check_texts, with_images
+from bagel.generation.session import Session
+from bagel.modeling import Attention, Bagel
+from bagel.modeling.attention import attention_of, check_backend
+from bagel.options import (
+    THINK_GENERATE,
+    THINK_UNDERSTAND,
+    ImageOptions,
+    SessionOptions,
+    TextOptions,
+    make_options,
+    one_by_one,
+)
+from bagel.processor import Processor
 from bagel.results import ImageResult, TextResult
+from bagel.sampling import branch_names
+from bagel.signatures import (
+    Ask,
+    AskMany,
+    Draw,
+    DrawMany,
+    Edit,
+    EditMany,
+    GenerateImage,
+    GenerateImages,
+    GenerateText,
+    GenerateTexts,
+    Stream,
+    takes,
+)
 from bagel.tokenizer import Tokenizer
 from bagel.vae import Autoencoder
-
-Pictures = Image.Image | Sequence[Image.Image]
-LESS = "use fewer at a time, smaller pictures, fewer pictures among the inputs, a shorter text, or dtype=torch.bfloat16"
 
 
 class BagelPipeline:
@@ -33,14 +51,17 @@ class BagelPipeline:
         model: the MoT decoder with what it has of vision and generation.
         vae: the autoencoder; None for a model that only understands.
         tokenizer: text to ids.
-        attention: backend, see `bagel.attention`.
+        attention: a name or an object, see `bagel.modeling.attention`; it becomes `model.attention`.
     """
 
-    def __init__(self, model: Bagel, vae: Autoencoder | None, tokenizer: Tokenizer, *, attention: str = "auto") -> None:
-        backend = choose_backend(attention, device=model.device, dtype=model.dtype)
+    def __init__(
+        self, model: Bagel, vae: Autoencoder | None, tokenizer: Tokenizer, *, attention: str | Attention = "auto"
+    ) -> None:
+        model.attention = attention_of(attention, device=model.device, dtype=model.dtype)
         if vae is not None and model.device.type == "cuda":  # laid out as the GPU's convolutions like it
             vae.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
-        self.parts = Parts(model, vae, tokenizer, backend)
+        self.model, self.vae = model, vae
+        self.processor = Processor(model.config, tokenizer)
 
     @classmethod
     def from_pretrained(
@@ -49,7 +70,7 @@ class BagelPipeline:
         *,
         device: torch.device | str | None = None,
         dtype: torch.dtype | str | None = None,
-        attention: str = "auto",
+        attention: str | Attention = "auto",
         vae_dtype: torch.dtype | str | None = None,
         base: str | Path | None = None,
         weights: str | None = None,
@@ -66,7 +87,8 @@ class BagelPipeline:
             source: a folder, or an id on the Hugging Face Hub such as "ByteDance-Seed/BAGEL-7B-MoT".
             device: where to; a CUDA GPU if there is one, else the CPU.
             dtype: of the model; bfloat16 on a GPU (float16 where it has none), float32 on a CPU.
-            attention: "auto" (the fastest here), "sdpa", "fa3", "flash" or "reference"; see `bagel.attention`.
+            attention: "auto" (the fastest here), "sdpa", "fa3", "flash", "reference", or an object; see
+                `bagel.modeling.attention`.
             vae_dtype: of the autoencoder; bfloat16 beside a bfloat16 model on a GPU, else float32.
             base: another folder or id for what the source lacks: configurations, tokenizer, autoencoder.
             weights: the weights' file, where a folder holds several.
@@ -81,13 +103,14 @@ class BagelPipeline:
                 missing or differ.
             TokenizerError: what is wrong with the tokenizer's files.
             NotEnoughMemoryError: the weights do not fit.
-            ValueError: a device that is not there, an unknown dtype or attention backend.
-            ImportError: an attention backend whose package is not installed.
+            ValueError: a device that is not there, an unknown dtype or attention.
+            ImportError: an attention whose package is not installed.
             TypeError: a source that is neither a path nor an id.
         """
         from bagel.loading import load_parts
 
-        check_backend(attention)
+        if isinstance(attention, str):
+            check_backend(attention)
         model, vae, tokenizer = load_parts(
             source,
             device=device,
@@ -105,29 +128,36 @@ class BagelPipeline:
         return cls(model, vae, tokenizer, attention=attention)
 
     def __repr__(self) -> str:
-        model, vae = self.parts.model, self.parts.vae
+        model, vae = self.model, self.vae
         held = {"vision": model.config.visual_und, "generation": model.config.visual_gen, "autoencoder": vae}
         count = sum(p.numel() for module in filter(None, (model, vae)) for p in module.parameters())
         return (
             f"BagelPipeline({', '.join(['decoder', *(name for name, part in held.items() if part)])}; "
             f"{count:,} parameters; {str(self.dtype).removeprefix('torch.')} on {self.device}, "
-            f"attention {self.parts.attention!r})"
+            f"attention {model.attention!r})"
         )
+
+    @property
+    def tokenizer(self) -> Tokenizer:
+        """The tokenizer."""
+        return self.processor.tokenizer
 
     @property
     def device(self) -> torch.device:
         """Where the model is."""
-        return self.parts.model.device
+        return self.model.device
 
     @property
     def dtype(self) -> torch.dtype:
         """The model's type."""
-        return self.parts.model.dtype
+        return self.model.dtype
+
+    # The model ------------------------------------------------------------------------------------------------------
 
     def compile(self, *, backend: str = "inductor") -> BagelPipeline:
         """Compile the experts in place, and return this pipeline.
 
-        Results stay the same up to rounding; prompts and pictures of any size then run without compiling again. What is
+        Results stay the same up to rounding; prompts and images of any size then run without compiling again. What is
         compiled for a GPU calls the kernels that are used without it, and is no faster: see the README.
 
         Args:
@@ -136,36 +166,36 @@ class BagelPipeline:
         Raises:
             RuntimeError: this machine lacks what compiling needs: a C++ compiler, or Triton for a GPU.
         """
-        from bagel.compiling import compile_parts
+        from bagel.modeling.compiling import compile_model
 
-        compile_parts(self.parts, self._use_once, backend=backend)
+        compile_model(self.model, self._use_once, backend=backend)
         return self
 
     def _use_once(self) -> None:
-        """Read a text, decode, and draw a small picture; no square, lest a compiler take it that all are."""
-        self.understand([], "a", max_new_tokens=2)
-        if self.parts.vae is not None:
-            step = self.parts.model.config.latent_downsample
+        """Read a text, decode, and draw a small image; no square, lest a compiler take it that all are."""
+        self.understand([], "a", max_new_tokens=2, progress=False)
+        if self.vae is not None:
+            step = self.model.config.latent_downsample
             self.text_to_image("a", height=3 * step, width=4 * step, num_timesteps=2, progress=False)
 
     def use_float8(self, *, und: bool = False) -> BagelPipeline:
-        """Round the gen experts to 8-bit floats in place, and return this pipeline: an approximation.
+        """Quantise the gen experts to 8-bit floats in place, and return this pipeline: an approximation.
 
-        For GPUs that multiply such floats faster (compute capability 8.9 on); what is rounded takes half the memory. A
-        CPU computes the same, slowly. The und experts unless asked for, the first and the last layer, and all around
-        them stay as they are. The result cannot be exported. Round before `compile`.
+        For GPUs that multiply such floats faster (compute capability 8.9 on); what is quantised takes half the memory.
+        A CPU computes the same, slowly. The und experts unless asked for, the first and the last layer, and all around
+        them stay as they are. The result cannot be exported. Quantise before `compile`.
 
         Args:
-            und: round the und experts too: faster answers, and changed ones.
+            und: quantise the und experts too: faster answers, and changed ones.
 
         Raises:
-            ValueError: done already, a GPU without 8-bit floats, a model with nothing to round or of sizes that do not
-                fit.
+            ValueError: done already, a GPU without 8-bit floats, a model with nothing to quantise or of sizes that do
+                not fit.
             MissingHalfError: loaded without the generating half, and `und` not given.
         """
-        from bagel.modeling.float8 import round_experts
+        from bagel.modeling.float8 import quantize_experts
 
-        round_experts(self.parts.model, und=und)
+        quantize_experts(self.model, und=und)
         return self
 
     def save_pretrained(
@@ -178,26 +208,40 @@ class BagelPipeline:
             CheckpointError: files in the way, a full disk.
         """
         from bagel.checkpoint import save_checkpoint
-        from bagel.modeling.float8 import is_rounded
+        from bagel.modeling.linear import is_exact
 
-        if is_rounded(self.parts.model):
+        if not is_exact(self.model):
             raise ValueError(
-                "this model is rounded to 8-bit floats and cannot be exported: load it again and export it before"
+                "this model is quantised to 8-bit floats and cannot be exported: load it again and export it before"
             )
-        model, vae, tokenizer = self.parts.model, self.parts.vae, self.parts.tokenizer
+        model, vae = self.model, self.vae
         save_checkpoint(
-            folder, model, vae, model.config, tokenizer, max_shard_bytes=max_shard_bytes, overwrite=overwrite
+            folder, model, vae, model.config, self.tokenizer, max_shard_bytes=max_shard_bytes, overwrite=overwrite
         )
 
-    @overload
-    def text_to_image(self, prompt: str, *, preset: str | None = None, **options: Any) -> ImageResult: ...
-    @overload
-    def text_to_image(
-        self, prompt: Sequence[str], *, preset: str | None = None, **options: Any
-    ) -> list[ImageResult]: ...
-    @with_options("text_to_image", "image")
+    # Conversations --------------------------------------------------------------------------------------------------
+
+    @takes("session", SessionOptions, Session)
+    def session(self, **options):
+        """Begin a conversation that reads, writes and draws, and goes on from all of it.
+
+        Args:
+            options: by name, below.
+
+        Returns:
+            Session; as a context manager it frees its memory at the end.
+
+        Raises:
+            TypeError: an option that does not exist, an argument of another type.
+            ValueError: a value out of its range.
+        """
+        return Session(self.model, self.vae, self.processor, make_options("session", options))
+
+    # Tasks ----------------------------------------------------------------------------------------------------------
+
+    @takes("text_to_image", Draw, ImageResult, DrawMany, list[ImageResult])
     def text_to_image(self, prompt, *, preset=None, **options):
-        """Draw a picture from a text, or a batch of pictures from a list of texts.
+        """Draw an image from a text, or a batch of images from a list of texts.
 
         Args:
             prompt: what to draw, or a list of such texts; "" draws anything.
@@ -214,65 +258,45 @@ class BagelPipeline:
             ValueError: a value out of its range, a size that does not fit, an empty list.
             MissingHalfError: the model was loaded without its generating half.
             NotEnoughMemoryError: what was asked does not fit.
-            FloatingPointError: the picture came out as NaN.
+            FloatingPointError: the image came out as NaN.
         """
         single = check_texts("prompt", prompt)
-        results = self._run(
-            [[prompt]] if single else [[text] for text in prompt],
-            "text_to_image",
-            "image",
-            preset,
-            options,
-            single=single,
-        )
+        batch = [[prompt]] if single else [[text] for text in prompt]
+        results = self._run(batch, "text_to_image", preset, options, single=single)
         return results[0] if single else results
 
-    @overload
-    def edit(self, images: Pictures, instruction: str, *, preset: str | None = None, **options: Any) -> ImageResult: ...
-    @overload
-    def edit(
-        self, images: Sequence[Pictures], instruction: Sequence[str], *, preset: str | None = None, **options: Any
-    ) -> list[ImageResult]: ...
-    @with_options("edit", "image")
+    @takes("edit", Edit, ImageResult, EditMany, list[ImageResult])
     def edit(self, images, instruction, *, preset=None, **options):
-        """Change a picture as a text says; several pictures are all shown before the text.
+        """Change an image as a text says; several images are all shown before the text.
 
         Args:
-            images: a PIL picture, or a list of them; for a batch a list of as many entries as there are
-                instructions, each a picture or a list of them.
+            images: a PIL image, or a list of them; for a batch a list of as many entries as there are instructions,
+                each an image or a list of them.
             instruction: what to change, or a list of such texts.
             preset: a set of options, "notebook", "app", "gedit" or "draft", under those that are given.
             options: by name, below. A batch takes them as `text_to_image` does; posterior_noise as a list of lists.
 
         Returns:
-            ImageResult, of the size of its last picture unless another is given; for a list of instructions a list.
+            ImageResult, of the size of its last image unless another is given; for a list of instructions a list.
 
         Raises:
-            TypeError: images that are not PIL pictures; otherwise as `text_to_image`.
-            ValueError: no picture, or not as many entries as instructions; otherwise as `text_to_image`.
+            TypeError: images that are not PIL images; otherwise as `text_to_image`.
+            ValueError: no image, or not as many entries as instructions; otherwise as `text_to_image`.
             MissingHalfError: the model was loaded without its vision half or its generating half.
             NotEnoughMemoryError, FloatingPointError: as `text_to_image`.
         """
         single = check_texts("instruction", instruction)
-        batch = with_pictures(images, instruction, needed=True)
-        results = self._run(batch, "edit", "image", preset, options, single=single)
+        batch = with_images(images, instruction, needed=True)
+        results = self._run(batch, "edit", preset, options, single=single)
         return results[0] if single else results
 
-    @overload
-    def understand(
-        self, images: Pictures, question: str, *, preset: str | None = None, **options: Any
-    ) -> TextResult: ...
-    @overload
-    def understand(
-        self, images: Sequence[Pictures], question: Sequence[str], *, preset: str | None = None, **options: Any
-    ) -> list[TextResult]: ...
-    @with_options("understand", "text")
+    @takes("understand", Ask, TextResult, AskMany, list[TextResult])
     def understand(self, images, question, *, preset=None, **options):
-        """Answer a question about pictures.
+        """Answer a question about images.
 
         Args:
-            images: a PIL picture, or a list of them, which may be empty; for a batch a list of as many entries as
-                there are questions, each a picture or a list of them.
+            images: a PIL image, or a list of them, which may be empty; for a batch a list of as many entries as there
+                are questions, each an image or a list of them.
             question: what to ask, or a list of such texts.
             preset: a set of options, "notebook", "app" or "draft", under those that are given.
             options: by name, below. A batch takes seed and generator as lists, the others once.
@@ -281,55 +305,51 @@ class BagelPipeline:
             TextResult, for a list of questions a list of them.
 
         Raises:
-            TypeError: images that are not PIL pictures; an option that does not exist or has no effect on a text.
+            TypeError: images that are not PIL images; an option that does not exist or has no effect on a text.
             ValueError: a value out of its range, or not as many entries as questions.
-            MissingHalfError: a picture, but the model was loaded without its vision half.
+            MissingHalfError: an image, but the model was loaded without its vision half.
             NotEnoughMemoryError: what was asked does not fit.
         """
         single = check_texts("question", question)
-        batch = with_pictures(images, question, needed=False)
-        results = self._run(batch, "understand", "text", preset, options, single=single)
+        batch = with_images(images, question, needed=False)
+        results = self._run(batch, "understand", preset, options, single=single)
         return results[0] if single else results
 
-    @with_options("generate", None)
-    def generate(
-        self, inputs: Sequence[Input], *, output: Output = "image", preset: str | None = None, **options: Any
-    ) -> Any:
-        """Read any interleaving of texts and pictures, then answer in text or draw.
+    @takes("text_to_image understand", GenerateImage, ImageResult, GenerateText, TextResult)
+    def generate(self, inputs, *, output="image", preset=None, **options):
+        """Read any interleaving of texts and images, then answer in text or draw.
 
         Args:
-            inputs: texts and PIL pictures, in order.
+            inputs: texts and PIL images, in order.
             output: "text" or "image".
             preset: a set of options under those that are given; see `bagel.options.PRESETS`.
             options: by name, below; those for the other output are refused. The defaults are those of drawing from
-                texts: with a picture among the inputs guidance has the defaults of `edit`.
+                texts: with an image among the inputs guidance has the defaults of `edit`.
 
         Returns:
             TextResult or ImageResult.
 
         Raises:
-            TypeError: inputs that are no list, or not texts and PIL pictures; otherwise as `text_to_image`.
+            TypeError: inputs that are no list, or not texts and PIL images; otherwise as `text_to_image`.
             ValueError: nothing to read; otherwise as `text_to_image`.
             MissingHalfError: the model was loaded without a half that this needs.
             NotEnoughMemoryError, FloatingPointError: as `text_to_image`.
         """
         return self._generate([inputs], output, preset, options, single=True)[0]
 
-    @with_options("generate", None)
-    def generate_batch(
-        self, batch: Sequence[Sequence[Input]], *, output: Output = "image", preset: str | None = None, **options: Any
-    ) -> list[Any]:
+    @takes("text_to_image understand", GenerateImages, list[ImageResult], GenerateTexts, list[TextResult])
+    def generate_batch(self, batch, *, output="image", preset=None, **options):
         """Generate from several inputs at once, one seed each; the results are those of one call at a time.
 
         Arguments and errors as for `generate`; per-request options are lists, as for `text_to_image`. Drawings with
-        and without pictures among their inputs do not share a batch.
+        and without images among their inputs do not share a batch.
         """
         return self._generate(batch, output, preset, options)
 
     def _generate(
         self,
         batch: Sequence[Sequence[Input]],
-        output: Output,
+        output: str,
         preset: str | None,
         options: dict[str, Any],
         *,
@@ -340,21 +360,20 @@ class BagelPipeline:
         for inputs in batch:
             check_inputs(inputs)
         shown = [any(isinstance(piece, Image.Image) for piece in inputs) for inputs in batch]
-        pictures = any(shown)
-        if output == "image" and pictures and not all(shown):
+        if output == "image" and any(shown) and not all(shown):
             raise ValueError(
                 "a batch shares its guidance, whose defaults differ between drawing and editing: "
-                "draw requests with and without pictures in separate calls"
+                "draw requests with and without images in separate calls"
             )
-        task = "understand" if output == "text" else "edit" if pictures else "text_to_image"
-        return self._run(batch, task, output, preset, options, single=single)
+        task = "understand" if output == "text" else "edit" if any(shown) else "text_to_image"
+        return self._run(batch, task, preset, options, single=single)
 
-    @with_options("understand", "text")
-    def stream(self, inputs: Sequence[Input], *, preset: str | None = None, **options: Any) -> Iterator[str]:
+    @takes("understand", Stream, Iterator[str])
+    def stream(self, inputs, *, preset=None, **options):
         """Yield the text that `generate(..., output="text")` would return, as it is decoded, in whole characters.
 
         Args:
-            inputs: texts and PIL pictures, in order.
+            inputs: texts and PIL images, in order.
             preset: a set of options, "notebook", "app" or "draft", under those that are given.
             options: by name, below.
 
@@ -365,75 +384,41 @@ class BagelPipeline:
             TypeError, ValueError, MissingHalfError, NotEnoughMemoryError: as `generate`.
         """
         check_inputs(inputs)
-        chosen = make_options("understand", "text", options, preset=preset)
-        return self._stream(inputs, chosen)
+        return self._stream(inputs, make_options("understand", options, preset))
 
-    def _stream(self, inputs: Sequence[Input], options: Options) -> Iterator[str]:
-        with explain_out_of_memory("answering", way_out=LESS):
-            with current_gpu(self.device):
-                job = self._prepared([inputs], [options], "text")[0]
-            yield from stream_text(self.parts, job, limit=options.text_limit, stop=options.stop_strings)
+    def _stream(self, inputs: Sequence[Input], chosen: TextOptions) -> Iterator[str]:
+        yield from stream(self._session(chosen).read(*inputs), chosen)
 
     def _run(
         self,
         batch: Sequence[Sequence[Input]],
         task: str,
-        output: Output,
         preset: str | None,
         given: dict[str, Any],
         *,
         single: bool = False,
     ) -> list[Any]:
+        """Read, then answer or draw: one session a request, all in the same passes."""
         if not batch:
             raise ValueError("there is nothing to do: the batch is empty")
         each = [given] if single else one_by_one(given, len(batch))
-        options = [make_options(task, output, values, preset=preset) for values in each]
-        with current_gpu(self.device), explain_out_of_memory(f"working on {len(batch)} request(s)", way_out=LESS):
-            jobs = self._prepared(batch, options, output)
-            return self._answer(jobs) if output == "text" else self._draw(jobs)
+        options = [make_options(task, values, preset) for values in each]
+        sessions = [self._session(own) for own in options]
+        if task == "understand":
+            read_all(sessions, batch)
+            return write_all(sessions, options[0])
+        for session, own in zip(sessions, options, strict=True):
+            session.size_of(own)  # refused here, before any work, if nothing can be drawn in it
+        read_all(sessions, batch, posterior_noise=[own.posterior_noise for own in options])
+        return draw_all(sessions, options)
 
-    @torch.inference_mode()
-    def _prepared(self, batch: Sequence[Sequence[Input]], options: Sequence[Options], output: Output) -> list[Job]:
-        jobs = [prepare(self.parts, inputs, own, output) for inputs, own in zip(batch, options, strict=True)]
-        limit = options[0].text_limit if output == "text" else options[0].max_think_tokens if options[0].think else 0
-        image_dropped = output == "image" and options[0].guidance.uses_image
-        for job in jobs:
-            begin(self.parts, job, text_tokens=limit, image_dropped=image_dropped)
-        self._prefill(jobs, [job.entries for job in jobs])
-        return jobs
-
-    def _prefill(self, jobs: Sequence[Job], entries: Sequence[Sequence[Entry]]) -> None:
-        contexts = [job.contexts for job in jobs if job.contexts is not None]
-        prefill_all(
-            self.parts.model,
-            contexts,
-            entries,
-            image_tokens=self.parts.image_tokens,
-            attention=self.parts.attention,
+    def _session(self, options: ImageOptions | TextOptions) -> Session:
+        """Return the session of one request; to think is to be told so first."""
+        draws = isinstance(options, ImageOptions)
+        system = options.system_prompt
+        if system is None and options.think:
+            system = THINK_GENERATE if draws else THINK_UNDERSTAND
+        drops = isinstance(options, ImageOptions) and "image_dropped" in branch_names(options.guide)
+        return Session(
+            self.model, self.vae, self.processor, options, system_prompt=system, draws=draws, drops_images=drops
         )
-
-    def _answer(self, jobs: list[Job]) -> list[TextResult]:
-        options = jobs[0].options
-        written = write_texts(self.parts, jobs, limit=options.text_limit, stop=options.stop_strings)
-        return [
-            TextResult(text, tuple(answer.ids), answer.finish_reason, job.generator.initial_seed())
-            for job, (text, answer) in zip(jobs, written, strict=True)
-        ]
-
-    def _draw(self, jobs: list[Job]) -> list[ImageResult]:
-        drawn = zip(jobs, self._drawn(jobs), strict=True)
-        # Cloned outside inference mode, so that the latents may take part in a gradient computation.
-        return [ImageResult(image, job.plan, x.clone(), job.generator.initial_seed()) for job, (image, x) in drawn]
-
-    @torch.inference_mode()
-    def _drawn(self, jobs: list[Job]) -> list[tuple[Image.Image, Tensor]]:
-        options = jobs[0].options
-        if not options.think:
-            self.parts.decode_steps.kept = None  # drawing may need the memory
-        else:
-            plans = write_texts(self.parts, jobs, limit=options.max_think_tokens)
-            for job, (text, _) in zip(jobs, plans, strict=True):
-                job.plan = text
-            # The plan is read again as an ordinary text.
-            self._prefill(jobs, [[Entry(self.parts.text(text), "plan")] for text, _ in plans])
-        return draw(self.parts, jobs)

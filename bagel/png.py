@@ -1,6 +1,6 @@
-"""Pictures on disk, written whole or not at all, never over another file.
+"""Images on disk, written whole or not at all, never over another file.
 
-PNG files carry how they were made; pictures that follow each other make an animated GIF.
+PNG files carry how they were made; images that follow each other make an animated GIF.
 """
 
 from __future__ import annotations
@@ -18,12 +18,12 @@ from PIL.PngImagePlugin import PngInfo
 
 
 def save_png(image: Image.Image, path: str | Path, info: Mapping[str, str], *, overwrite: bool = False) -> Path:
-    """Write a picture as PNG with text entries and return its path.
+    """Write an image as PNG with text entries and return its path.
 
     Args:
-        image: the picture.
+        image: the image.
         path: the file; its folder must exist.
-        info: keyword to text, any unicode, readable with `read_info` and with most picture viewers.
+        info: keyword to text, any unicode, readable with `read_info` and with most image viewers.
         overwrite: replace a file that is there already.
 
     Raises:
@@ -37,7 +37,7 @@ def save_png(image: Image.Image, path: str | Path, info: Mapping[str, str], *, o
 
 
 def save_numbered_png(image: Image.Image, folder: str | Path, stem: str, info: Mapping[str, str]) -> Path:
-    """Write a picture as `folder/stem-0001.png`, or under the number after the highest that is there.
+    """Write an image as `folder/stem-0001.png`, or under the number after the highest that is there.
 
     Two programs may fill one folder at once: each number is taken by one of them only. Arguments and errors otherwise
     as for `save_png`.
@@ -47,7 +47,7 @@ def save_numbered_png(image: Image.Image, folder: str | Path, stem: str, info: M
 
 
 def save_numbered_gif(frames: Sequence[Image.Image], folder: str | Path, stem: str, *, seconds: float) -> Path:
-    """Write pictures of one size as `folder/stem-0001.gif`, which shows each for `seconds`, over and over.
+    """Write images of one size as `folder/stem-0001.gif`, which shows each for `seconds`, over and over.
 
     Numbers and errors as for `save_numbered_png`.
     """

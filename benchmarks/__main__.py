@@ -14,9 +14,9 @@ from typing import Any
 
 import torch
 
-from bagel.attention import BACKENDS
 from bagel.demo import CHECKPOINT
 from bagel.loading import DTYPES
+from bagel.modeling.attention import BACKENDS
 from bagel.pipeline import BagelPipeline
 from benchmarks.bench import Bench
 from benchmarks.jobs import JOBS, Job
@@ -47,14 +47,16 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--jobs", nargs="+", choices=JOBS, metavar="JOB", default=list(JOBS), help="default: all")
     parser.add_argument("--device", help="cpu or cuda; default: a GPU if there is one")
     parser.add_argument("--dtype", choices=DTYPES, help="default: bfloat16 on a GPU, float32 on a CPU")
-    parser.add_argument("--attention", choices=BACKENDS, default="auto", help="attention backend (default auto)")
+    parser.add_argument(
+        "--attention", choices=["auto", *BACKENDS], default="auto", help="default: auto, the fastest here"
+    )
     parser.add_argument("--taylorseer", action="store_true", help="predict most evaluations of drawings: lossy")
     parser.add_argument(
         "--float8",
         nargs="?",
         choices=("gen", "all"),
         const="gen",
-        help="round the gen experts to 8-bit floats, or all of them: lossy",
+        help="quantise the gen experts to 8-bit floats, or all of them: lossy",
     )
     parser.add_argument("--compile", action="store_true", help="compile the pipeline first")
     parser.add_argument("--repeat", type=_positive, default=3, help="runs in a row, after the warm-up (default 3)")
@@ -80,7 +82,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     print(_line(machine))
     if args.float8:
         pipe.use_float8(und=args.float8 == "all")
-        print(f"floors and shares are those of {machine['dtype']}, as if nothing were rounded")
+        print(f"floors and shares are those of {machine['dtype']}, as if nothing were quantised")
     if args.compile:
         start = time.perf_counter()
         pipe.compile()
@@ -140,7 +142,7 @@ def describe(args: argparse.Namespace, pipe: BagelPipeline) -> dict[str, Any]:
         "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
         "model": "random 7B" if args.random_7b else str(args.model),
         "dtype": str(pipe.dtype).removeprefix("torch."),
-        "attention": pipe.parts.attention,
+        "attention": type(pipe.model.attention).__name__,
         "taylorseer": args.taylorseer,
         "float8": args.float8,
         "compile": args.compile,

@@ -6,10 +6,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-from bagel.config import BagelConfig, ViTConfig
-from bagel.modeling import MissingHalfError
+from bagel.config import BagelConfig, MissingHalfError, ViTConfig
 from bagel.options import make_options
 from bagel.pipeline import BagelPipeline
+from bagel.vae import Autoencoder
 from benchmarks import floors
 from benchmarks.floors import Phase, Tokens
 
@@ -26,8 +26,8 @@ class Bench:
     quick: bool = False
 
     def side(self, wanted: int) -> int:
-        """Return the side of a picture in pixels: as wanted, or the largest that the model draws."""
-        config = self.pipe.parts.model.config
+        """Return the side of an image in pixels: as wanted, or the largest that the model draws."""
+        config = self.config
         step = config.latent_downsample
         return min(wanted, 4 * step if self.quick else wanted, config.max_latent_size * step) // step * step
 
@@ -41,7 +41,7 @@ class Bench:
 
     def length(self, text: str) -> int:
         """Return the tokens of a text in a context, bos and eos with them."""
-        return self.pipe.parts.text(text).ids.shape[0]
+        return self.pipe.processor.text(text).length
 
     @property
     def itemsize(self) -> int:
@@ -51,18 +51,25 @@ class Bench:
     @property
     def vit(self) -> ViTConfig:
         """Sizes of the vision encoder; raises MissingHalfError where there is none."""
-        config = self.pipe.parts.model.config
+        config = self.config
         if config.vit_config is None or not config.visual_und:
-            raise MissingHalfError("this model was loaded without its vision half: choose --jobs without pictures in")
+            raise MissingHalfError("this model was loaded without its vision half: choose --jobs without images in")
         return config.vit_config
+
+    @property
+    def vae(self) -> Autoencoder:
+        """The autoencoder; raises MissingHalfError where there is none."""
+        if self.pipe.vae is None:
+            raise MissingHalfError("this model was loaded without its generating half: choose --jobs that answer")
+        return self.pipe.vae
 
     @property
     def config(self) -> BagelConfig:
         """Sizes of the model."""
-        return self.pipe.parts.model.config
+        return self.pipe.model.config
 
     def latent_tokens(self, side: int) -> int:
-        """Return the latent tokens of a square picture."""
+        """Return the latent tokens of a square image."""
         return (side // self.config.latent_downsample) ** 2
 
     def prefill(self, *sequences: Tokens) -> Phase:
@@ -74,37 +81,37 @@ class Bench:
         return self.prefill(*(Tokens(und=count, start=start, causal=True) for start in starts))
 
     def vision(self, patches: int) -> Phase:
-        """Count one picture through the vision encoder."""
+        """Count one image through the vision encoder."""
         return floors.vision(self.vit, self.config.llm_config.hidden_size, patches, self.itemsize)
 
     def decoding(self, contexts: list[int], tokens: int) -> Phase:
         """Count the decoding of so many tokens from each context."""
         return floors.decoding(self.config.llm_config, contexts, tokens, self.itemsize)
 
-    def autoencoding(self, side: int, *, decode: bool, pictures: int = 1) -> Phase:
-        """Count square pictures through half the autoencoder, one after the other."""
-        vae = self.pipe.parts.drawing_vae()
+    def autoencoding(self, side: int, *, decode: bool, images: int = 1) -> Phase:
+        """Count square images through half the autoencoder, one after the other."""
+        vae = self.vae
         size = next(vae.parameters()).dtype.itemsize
-        return replace(floors.autoencoding(vae.config, side, side, size, decode=decode), count=pictures)
+        return replace(floors.autoencoding(vae.config, side, side, size, decode=decode), count=images)
 
     def evaluations(
-        self, task: str, given: Mapping[str, Any], contexts: list[int], *, side: int, pictures: int = 1
+        self, task: str, given: Mapping[str, Any], contexts: list[int], *, side: int, images: int = 1
     ) -> list[Phase]:
-        """Count the evaluations of pictures drawn together.
+        """Count the evaluations of images drawn together.
 
         Args:
             task: whose default options are under those `given`.
-            contexts: tokens of the context of each branch of one picture; the first has everything.
-            side: of each picture in pixels.
-            pictures: how many, all alike.
+            contexts: tokens of the context of each branch of one image; the first has everything.
+            side: of each image in pixels.
+            images: how many, all alike.
         """
-        options = make_options(task, "image", given)
-        guided = options.guidance.active(options.timesteps[:-1])
-        counted = floors.computed_branches(guided, len(contexts), taylorseer=options.taylorseer)
+        options = make_options(task, given)
+        asked = [len(options.guide.branches(t)) for t in options.timesteps[:-1].tolist()]
+        counted = floors.computed_branches(asked, taylorseer=options.taylorseer)
         tokens = self.latent_tokens(side)
         phases = []
         for due, count in counted.items():
-            held = [contexts[branch] for branch in due] * pictures
-            one = floors.evaluation(self.config, tokens, held, self.itemsize, pictures=pictures)
+            held = [contexts[branch] for branch in due] * images
+            one = floors.evaluation(self.config, tokens, held, self.itemsize, images=images)
             phases.append(replace(one, count=count))
         return phases

@@ -23,7 +23,7 @@ from bagel.vae import Autoencoder
 class Phase:
     """Part of a job: `count` times the same work, of `flops` operations and `bytes` read each time.
 
-    `forwards`: passes of the language model each time, one a guidance branch or a decoded token.
+    `forwards`: passes of the language model each time, one per guidance branch or decoded token.
     """
 
     name: str
@@ -33,7 +33,7 @@ class Phase:
     forwards: int = 0
 
     def seconds(self, *, matmul: float, copy: float) -> float:
-        """Return the least time of all `count`, at `matmul` operations and `copy` bytes a second."""
+        """Return the least time of all `count`, at `matmul` operations and `copy` bytes per second."""
         return self.count * max(self.flops / matmul, self.bytes / copy)
 
 
@@ -90,21 +90,21 @@ def forward(config: DecoderConfig, sequences: Sequence[Tokens], itemsize: int, *
     return Phase(name, flops, weights * itemsize + held * kv_bytes(config, itemsize))
 
 
-def evaluation(config: BagelConfig, tokens: int, contexts: Sequence[int], itemsize: int, *, pictures: int = 1) -> Phase:
-    """Count one evaluation of noisy pictures of `tokens` latent tokens, with a branch on each length of context.
+def evaluation(config: BagelConfig, tokens: int, contexts: Sequence[int], itemsize: int, *, images: int = 1) -> Phase:
+    """Count one evaluation of noisy images of `tokens` latent tokens, with a branch on each length of context.
 
     Args:
         config: of the model.
-        tokens: of each picture.
-        contexts: tokens of every branch's context, all pictures' together.
+        tokens: of each image.
+        contexts: tokens of every branch's context, all images' together.
         itemsize: bytes of a weight.
-        pictures: that are drawn; their latents enter once, whatever the branches.
+        images: that are drawn; their latents enter once, whatever the branches.
     """
     branches = len(contexts)
     block = [Tokens(und=2, gen=tokens, start=start) for start in contexts]
     plain = forward(config.llm_config, block, itemsize, name=f"evaluation, {branches} branch{'es' * (branches > 1)}")
     projections = 2 * tokens * config.patch_latent_dim * config.llm_config.hidden_size
-    flops = plain.flops + projections * (pictures + branches)
+    flops = plain.flops + projections * (images + branches)
     return Phase(plain.name, flops, plain.bytes, forwards=branches)
 
 
@@ -122,7 +122,7 @@ def decoding(config: DecoderConfig, contexts: Sequence[int], tokens: int, itemsi
 
 
 def vision(config: ViTConfig, hidden: int, patches: int, itemsize: int) -> Phase:
-    """Count the encoding of one picture of so many patches, with the connector to a decoder of width `hidden`."""
+    """Count the encoding of one image of so many patches, with the connector to a decoder of width `hidden`."""
     width = config.hidden_size
     layer = 4 * width**2 + 2 * width * config.intermediate_size
     weights = config.num_layers * layer + config.patch_dim * width + width * hidden + hidden**2
@@ -131,7 +131,7 @@ def vision(config: ViTConfig, hidden: int, patches: int, itemsize: int) -> Phase
 
 
 def autoencoding(config: VAEConfig, height: int, width: int, itemsize: int, *, decode: bool) -> Phase:
-    """Count one picture of this size in pixels through half an autoencoder, by a run that computes shapes only."""
+    """Count one image of this size in pixels through half an autoencoder, by a run that computes shapes only."""
     with torch.device("meta"):
         vae = Autoencoder(config)
         down = config.downsample
@@ -147,20 +147,18 @@ def autoencoding(config: VAEConfig, height: int, width: int, itemsize: int, *, d
     return Phase("vae decode" if decode else "vae encode", counter.get_total_flops(), weights * itemsize)
 
 
-def computed_branches(guided: Sequence[bool], branches: int, *, taylorseer: bool) -> Counter[tuple[int, ...]]:
-    """Count how often each set of one picture's guidance branches is computed together over a flow.
+def computed_branches(asked: Sequence[int], *, taylorseer: bool) -> Counter[tuple[int, ...]]:
+    """Count how often each set of one image's guidance branches is computed together over a flow.
 
     Args:
-        guided: for each evaluation whether guidance acts there; where not, branch 0 alone is needed.
-        branches: how many there are.
+        asked: for each evaluation how many branches guidance asks for; one alone is branch 0.
         taylorseer: leave out the evaluations that it predicts.
     """
-    seers = [TaylorSeer() for _ in range(branches)]
+    seers = [TaylorSeer().start() for _ in range(max(asked, default=0))]
     counted: Counter[tuple[int, ...]] = Counter()
-    for acts in guided:
-        needed = range(branches if acts else 1)
-        due = tuple(branch for branch in needed if seers[branch].due or not taylorseer)
-        for branch in needed:
+    for branches in asked:
+        due = tuple(branch for branch in range(branches) if seers[branch].due or not taylorseer)
+        for branch in range(branches):
             if branch in due:
                 seers[branch].record(torch.zeros(1))
             else:

@@ -37,19 +37,19 @@ class Job:
     tokens: Callable[[Any], int] = lambda _: 0
 
 
-def draw(bench: Bench, name: str, *, side: int, timesteps: int, pictures: int = 1) -> Job:
-    """Draw from a short text, one picture or several together."""
+def draw(bench: Bench, name: str, *, side: int, timesteps: int, images: int = 1) -> Job:
+    """Draw from a short text, one image or several together."""
     pipe, side, length = bench.pipe, bench.side(side), bench.length(PROMPT)
     options = _drawing(bench, timesteps, height=side, width=side)
-    prompts, seeds = [PROMPT] * pictures, list(range(pictures))
+    prompts, seeds = [PROMPT] * images, list(range(images))
     work = [
-        bench.read_text(length, *[0] * pictures),
-        *bench.evaluations("text_to_image", options, [length, 0], side=side, pictures=pictures),
-        bench.autoencoding(side, decode=True, pictures=pictures),
+        bench.read_text(length, *[0] * images),
+        *bench.evaluations("text_to_image", options, [length, 0], side=side, images=images),
+        bench.autoencoding(side, decode=True, images=images),
     ]
     return Job(
         name,
-        f"{pictures} x {side}x{side}, {options['num_timesteps']} timesteps",
+        f"{images} x {side}x{side}, {options['num_timesteps']} timesteps",
         lambda: pipe.text_to_image(prompts, seed=seeds, **options),
         lambda _: work,
     )
@@ -84,10 +84,10 @@ def draw_with_plan(bench: Bench, name: str, *, side: int, timesteps: int, tokens
 
 
 def edit(bench: Bench, name: str, *, side: int, timesteps: int) -> Job:
-    """Change a picture, with all three guidance branches at every evaluation."""
-    pipe, picture = bench.pipe, _picture(bench.side(side))
+    """Change an image, with all three guidance branches at every evaluation."""
+    pipe, image = bench.pipe, _image(bench.side(side))
     options = _drawing(bench, timesteps, seed=0)
-    side, patches = _seen(bench, picture)
+    side, patches = _seen(bench, image)
     text, latents = bench.length(INSTRUCTION), bench.latent_tokens(side)
     shown = latents + 2 + patches + 2
     work = [
@@ -102,19 +102,19 @@ def edit(bench: Bench, name: str, *, side: int, timesteps: int) -> Job:
     return Job(
         name,
         f"{side}x{side}, {options['num_timesteps']} timesteps",
-        lambda: pipe.edit(picture, INSTRUCTION, **options),
+        lambda: pipe.edit(image, INSTRUCTION, **options),
         lambda _: work,
     )
 
 
 def understand(bench: Bench, name: str, *, side: int, tokens: int) -> Job:
-    """Answer a question about a picture in so many tokens."""
-    pipe, picture, limit = bench.pipe, _picture(bench.side(side)), bench.tokens(tokens)
-    _, patches = _seen(bench, picture)
+    """Answer a question about an image in so many tokens."""
+    pipe, image, limit = bench.pipe, _image(bench.side(side)), bench.tokens(tokens)
+    _, patches = _seen(bench, image)
     text = bench.length(QUESTION)
 
     def ask(limit: int) -> TextResult:
-        return pipe.understand(picture, QUESTION, max_new_tokens=limit)
+        return pipe.understand(image, QUESTION, max_new_tokens=limit)
 
     def work(answer: TextResult) -> list[Phase]:
         return [
@@ -126,7 +126,7 @@ def understand(bench: Bench, name: str, *, side: int, tokens: int) -> Job:
 
     return Job(
         name,
-        f"{picture.width}x{picture.height}, up to {limit} tokens",
+        f"{image.width}x{image.height}, up to {limit} tokens",
         lambda: ask(limit),
         work,
         first=lambda: ask(1),
@@ -156,12 +156,11 @@ def decode(bench: Bench, name: str, *, texts: int, tokens: int) -> Job:
 
 
 def vae(bench: Bench, name: str, *, side: int, decodes: bool) -> Job:
-    """Run half the autoencoder on one picture."""
-    parts, side = bench.pipe.parts, bench.side(side)
-    model = parts.drawing_vae()
+    """Run half the autoencoder on one image."""
+    model, side = bench.vae, bench.side(side)
     down, generator = model.config.downsample, torch.Generator().manual_seed(0)
     shape = (model.config.z_channels, side // down, side // down) if decodes else (3, side, side)
-    x = torch.randn(1, *shape, generator=generator).clamp(-1, 1).to(parts.model.device)
+    x = torch.randn(1, *shape, generator=generator).clamp(-1, 1).to(bench.pipe.device)
     work = [bench.autoencoding(side, decode=decodes)]
 
     @torch.inference_mode()
@@ -172,8 +171,8 @@ def vae(bench: Bench, name: str, *, side: int, decodes: bool) -> Job:
 
 
 def vit(bench: Bench, name: str, *, side: int) -> Job:
-    """Encode one picture for the language model."""
-    model, config = bench.pipe.parts.model, bench.vit
+    """Encode one image for the language model."""
+    model, config = bench.pipe.model, bench.vit
     cells = min(bench.side(side), side, config.image_size) // config.patch_size
     patches = cells**2
     x = torch.randn(patches, config.patch_dim, generator=torch.Generator().manual_seed(0)).to(model.device)
@@ -190,7 +189,7 @@ def vit(bench: Bench, name: str, *, side: int) -> Job:
 JOBS: dict[str, Callable[[Bench, str], Job]] = {
     "t2i-1024-50": lambda bench, name: draw(bench, name, side=1024, timesteps=50),
     "t2i-512-20": lambda bench, name: draw(bench, name, side=512, timesteps=20),
-    "t2i-512-20-x4": lambda bench, name: draw(bench, name, side=512, timesteps=20, pictures=4),
+    "t2i-512-20-x4": lambda bench, name: draw(bench, name, side=512, timesteps=20, images=4),
     "think-1024-50": lambda bench, name: draw_with_plan(bench, name, side=1024, timesteps=50, tokens=300),
     "edit-1024-50": lambda bench, name: edit(bench, name, side=1024, timesteps=50),
     "understand-1024": lambda bench, name: understand(bench, name, side=1024, tokens=128),
@@ -207,14 +206,14 @@ def _drawing(bench: Bench, timesteps: int, **given: Any) -> dict[str, Any]:
     return {"num_timesteps": bench.steps(timesteps), "taylorseer": bench.taylorseer, "progress": False, **given}
 
 
-def _picture(side: int) -> Image.Image:
+def _image(side: int) -> Image.Image:
     pixels = np.random.default_rng(0).integers(0, 256, (side, side, 3), dtype=np.uint8)
     return Image.fromarray(pixels)
 
 
-def _seen(bench: Bench, picture: Image.Image) -> tuple[int, int]:
-    """Return the side in pixels that the autoencoder sees of a square picture, and the patches that the ViT sees."""
-    side, _ = resized_size(*picture.size, bench.config.vae_image_transform)
+def _seen(bench: Bench, image: Image.Image) -> tuple[int, int]:
+    """Return the side in pixels that the autoencoder sees of a square image, and the patches that the ViT sees."""
+    side, _ = resized_size(*image.size, bench.config.vae_image_transform)
     width, height = resized_size(side, side, bench.config.vit_image_transform)
     patch = bench.vit.patch_size
     return side, (width // patch) * (height // patch)

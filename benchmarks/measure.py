@@ -42,7 +42,7 @@ class Timing:
 
 @dataclass(frozen=True)
 class Ceilings:
-    """What the machine does at most, measured: operations a second in one large matmul, bytes a second in a copy.
+    """What the machine does at most, measured: operations per second in one large matmul, bytes per second in a copy.
 
     A copied byte counts twice, as read and as written.
     """

@@ -20,10 +20,10 @@ from benchmarks.measure import wait
 WATCHED: tuple[tuple[type, str, Callable[..., str]], ...] = (
     (Autoencoder, "encode", lambda *_: "vae encode"),
     (Autoencoder, "decode", lambda *_: "vae decode"),
-    (Bagel, "read", lambda *_: "prefill"),
+    (Bagel, "prefill", lambda *_: "prefill"),
     (Bagel, "embed_patches", lambda *_: "  vit, within prefill"),
     (Bagel, "decode", lambda *_: "decode"),
-    (Denoiser, "hidden", lambda _self, _x, _step, active: f"evaluation, {len(active)} branch{_es(active)}"),
+    (Denoiser, "states", lambda _self, _x, _t, active: f"evaluation, {len(active)} branch{_es(active)}"),
 )
 """Class, method, and the name of the stage that a call with these arguments is."""
 

@@ -12,7 +12,7 @@ from bagel import BAGEL_7B, BagelPipeline
 from bagel.config import BagelConfig
 from bagel.demo import CHECKPOINT
 from bagel.loading import choose_device, choose_dtype, choose_vae_dtype
-from bagel.modeling import Bagel
+from bagel.modeling import Attention, Bagel
 from bagel.modeling.embeddings import PositionTable, sincos_table
 from bagel.tokenizer import Tokenizer
 from bagel.vae import Autoencoder
@@ -33,7 +33,7 @@ def random_pipeline(
     *,
     device: torch.device | str | None = None,
     dtype: torch.dtype | str | None = None,
-    attention: str = "auto",
+    attention: str | Attention = "auto",
     tokenizer: Path = CHECKPOINT,
 ) -> BagelPipeline:
     """Return a pipeline with random weights made where they are used, without files.

@@ -1,29 +1,28 @@
-"""Edit a picture: python examples/edit.py [MODEL [PICTURE]]; MODEL is a checkpoint folder or Hub id."""
+"""Edit an image: python examples/edit.py [MODEL [IMAGE]]; MODEL is a checkpoint folder or Hub id."""
 
 import sys
 
 from PIL import Image, ImageDraw
 
-from bagel import BagelPipeline
+import bagel
 from bagel.demo import CHECKPOINT
-from bagel.image import open_image
 from bagel.png import save_numbered_png
 
-pipe = BagelPipeline.from_pretrained(sys.argv[1] if len(sys.argv) > 1 else CHECKPOINT)
+pipe = bagel.load(sys.argv[1] if len(sys.argv) > 1 else CHECKPOINT)
 
 
 def circle(x, y):
-    picture = Image.new("RGB", (512, 512), "white")
-    ImageDraw.Draw(picture).ellipse((x - 64, y - 64, x + 64, y + 64), fill=(220, 30, 40))
-    return picture
+    image = Image.new("RGB", (512, 512), "white")
+    ImageDraw.Draw(image).ellipse((x - 64, y - 64, x + 64, y + 64), fill=(220, 30, 40))
+    return image
 
 
-picture = open_image(sys.argv[2]) if len(sys.argv) > 2 else circle(256, 256)
+image = bagel.open_image(sys.argv[2]) if len(sys.argv) > 2 else circle(256, 256)
 instruction = "make the background light blue"
-result = pipe.edit(picture, instruction, seed=1)
+result = pipe.edit(image, instruction, seed=1)
 print(save_numbered_png(result.image, ".", "edited", {"prompt": instruction, "seed": str(result.seed)}))
 
-# Any interleaving of texts and pictures, here three frames of a motion, and a look at every step on the way.
+# Any interleaving of texts and images, here three frames of a motion, and a look at every step on the way.
 result = pipe.generate(
     [circle(128, 256), circle(160, 256), circle(192, 256), "the next frame"],
     output="image",

@@ -4,18 +4,17 @@ import sys
 
 import torch
 
+import bagel
 from bagel.demo import CHECKPOINT
-from bagel.image import patch_positions
-from bagel.loading import load_parts
-from bagel.packing import LatentImage, Text, pack
+from bagel.packing import LatentImage
 
-model, _, tokenizer = load_parts(sys.argv[1] if len(sys.argv) > 1 else CHECKPOINT)
+pipe = bagel.load(sys.argv[1] if len(sys.argv) > 1 else CHECKPOINT)
+model, processor = pipe.model, pipe.processor
 
-# A prompt, and a noisy picture of 4 x 6 latent tokens (64 x 96 pixels for the released model) at t = 1 on top of it.
-ids = torch.tensor([tokenizer.bos_id, *tokenizer.encode("a red circle"), tokenizer.eos_id])
+# A prompt, and a noisy image of 48 x 64 pixels, 3 x 4 latent tokens, at t = 1 on top of it.
+prompt = processor.text("a red circle")
 noise = torch.randn(3 * 4, model.config.patch_latent_dim, generator=torch.Generator().manual_seed(1))
-target = LatentImage(noise, patch_positions(3, 4, model.config.max_latent_size), timestep=1.0, noisy=True)
-packed = pack([[Text(ids), target]], image_tokens=(tokenizer.image_start_id, tokenizer.image_end_id))
+packed = processor.pack([[prompt, LatentImage(noise, processor.grid(48, 64), timestep=1.0, noisy=True)]])
 sample = packed.samples[0]
 print(f"{packed.und_positions.shape[0]} und tokens, {packed.gen_positions.shape[0]} gen tokens")
 print(f"who sees whom: {int(sample.mask().sum())} of {len(sample) ** 2} pairs")
@@ -29,12 +28,9 @@ def report(layer, _, streams):
 for layer in model.decoder.layers:
     layer.register_forward_hook(report)
 with torch.inference_mode():
-    context = model.new_context()
-    hidden = model.prefill(packed.to(model.device), [context])
+    hidden = model(packed.to(model.device))
     velocity = model.velocity(hidden.gen)
-    top = model.decoder.logits(hidden.und[len(ids) - 1 : len(ids)])[0].softmax(-1).topk(3)
+    top = model.logits(hidden.und[prompt.length - 1 : prompt.length])[0].softmax(-1).topk(3)
 print(f"velocity {tuple(velocity.shape)}, norm {velocity.norm():.2f}")
-print(
-    "after the prompt:",
-    [(tokenizer.decode([i]), round(p, 3)) for p, i in zip(top.values.tolist(), top.indices.tolist(), strict=True)],
-)
+words = [pipe.tokenizer.decode([token]) for token in top.indices.tolist()]
+print("after the prompt:", [(word, round(p, 3)) for word, p in zip(words, top.values.tolist(), strict=True)])

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from bagel.config import LAYER_MODULES, BagelConfig, DecoderConfig, VAEConfig, ViTConfig
-from bagel.modeling import Bagel
+from bagel.modeling import Bagel, Branch, Context, Denoiser
 from bagel.packing import LatentImage, Packed, Text, ViTImage, pack
 
 MOT, MOE, DENSE = LAYER_MODULES
@@ -82,13 +82,13 @@ def text(count: int, *, seed: int = 0) -> Text:
 
 
 def vit(count: int, *, seed: int = 0) -> ViTImage:
-    """A picture of random patches in random cells."""
+    """An image of random patches in random cells."""
     generator = torch.Generator().manual_seed(seed)
     return ViTImage(torch.randn(count, 12, generator=generator), torch.randperm(36, generator=generator)[:count])
 
 
 def latents(count: int, *, seed: int = 0, **options) -> LatentImage:
-    """A picture of random latents in random cells."""
+    """An image of random latents in random cells."""
     generator = torch.Generator().manual_seed(seed)
     cells = torch.randperm(81, generator=generator)[:count]
     return LatentImage(torch.randn(count, 20, generator=generator), cells, **options)
@@ -96,9 +96,43 @@ def latents(count: int, *, seed: int = 0, **options) -> LatentImage:
 
 def packed_of(*samples, **options) -> Packed:
     """Pack for the small model."""
-    return pack(samples, image_tokens=IMAGE_TOKENS, **options)
+    return packs(samples, **options)
+
+
+packs = partial(pack, image_tokens=IMAGE_TOKENS)
+"""Packs lists of samples for the small model, as `Processor.pack` does."""
 
 
 def in_order(packed: Packed, hidden: tuple[Tensor, Tensor]) -> Tensor:
     """Both streams as one sequence (T, H), sample by sample."""
     return torch.cat(hidden)[packed.order]
+
+
+def filled(model: Bagel, *segments) -> tuple[Context, Tensor]:
+    """A context that read segments one at a time, and all hidden states in sequence order."""
+    context, hidden = model.new_context(), [torch.empty(0, 48)]
+    for segment in segments:
+        packed = packed_of([segment], starts=[context.position])
+        hidden.append(in_order(packed, model.prefill(packed, [context])))
+    return context, torch.cat(hidden)
+
+
+def held(context: Context) -> tuple[Tensor, Tensor, int, int]:
+    """A copy of all that a context holds."""
+    keys, values = context.held()
+    return keys.clone(), values.clone(), context.length, context.position
+
+
+def assert_same(one: tuple, other: tuple) -> None:
+    """Assert that both hold the same, to the bit."""
+    assert all(torch.equal(a, b) if isinstance(a, Tensor) else a == b for a, b in zip(one, other, strict=True))
+
+
+def denoiser(model: Bagel, *branches: Branch, times: tuple[float, ...] = (1.0, 0.75, 0.3)) -> Denoiser:
+    """What evaluates two images, of 3 and 5 latents, at these times."""
+    targets = [latents(count, seed=seed, noisy=True) for count, seed in ((3, 20), (5, 21))]
+    return Denoiser(model, targets, branches, pack=packs, times=times)
+
+
+NOISE = torch.cat([latents(3, seed=20).latents, latents(5, seed=21).latents])
+"""Latents of both images that `denoiser` evaluates."""

@@ -1,7 +1,8 @@
-"""Answering: stop strings over token borders, batches against singles, why a text ended, draws and their generators."""
+"""Writing: stop strings over token borders, batches against singles, why a text ended, draws and their generators."""
 
 from __future__ import annotations
 
+import itertools
 from types import SimpleNamespace
 
 import pytest
@@ -9,18 +10,18 @@ import torch
 from conftest import REFERENCE
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from small_model import IMAGE_TOKENS, latents, small_model, text, vit
+from small_model import assert_same, held, latents, packs, small_model, text, vit
 
-from bagel.answering import Answer, TextWriter, decode, write_texts
-from bagel.contexts import Entry, GuidanceContexts, prefill_all
-from bagel.inputs import Job, Parts
+from bagel.generation.batches import _decoding as decoding_of
+from bagel.generation.contexts import Contexts, Utterance, read_all
+from bagel.generation.writing import Answer, Decoding, TextWriter, score, texts_of
 from bagel.modeling import Context
-from bagel.options import Options
+from bagel.options import make_options
+from bagel.packing import Text
 from bagel.sampling import TextSampling
 from bagel.tokenizer import Tokenizer
 
 TOKENIZER = Tokenizer.from_pretrained(REFERENCE / "tiny" / "checkpoint")
-PARTS = Parts(small_model(), None, TOKENIZER)
 GREEDY, SAMPLED = TextSampling(), TextSampling(do_sample=True, temperature=1.5)
 
 
@@ -98,9 +99,8 @@ PROMPTS = [[text(4, seed=1)], [latents(3), vit(5), text(2, seed=2)], [text(9, se
 
 
 def context_of(segments) -> Context:
-    contexts = GuidanceContexts(small_model(), capacity=1)
-    entries = [Entry(segment, "text") for segment in segments]
-    prefill_all(small_model(), [contexts], [entries], image_tokens=IMAGE_TOKENS)
+    contexts = Contexts.empty(small_model())
+    read_all(small_model(), packs, [(contexts, [Utterance(segment, "text") for segment in segments])])
     return contexts.full
 
 
@@ -108,15 +108,24 @@ def generator(seed: int) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
 
 
-def last_of(parts: Parts, contexts, generators, sampling: TextSampling, limit: int, every: int = 1) -> list[Answer]:
-    rounds = decode(parts, contexts, generators, sampling=sampling, max_new_tokens=limit, look_every=every)
-    return list(rounds)[-1]
+def last_of(contexts, generators, sampling, limit: int, every: int = 1, *, model=None, **options) -> list[Answer]:
+    decoding = Decoding(
+        model or small_model(),
+        TOKENIZER,
+        contexts,
+        generators,
+        chooser=sampling,
+        limit=limit,
+        look_every=every,
+        **options,
+    )
+    return list(decoding.rounds())[-1]
 
 
 @pytest.mark.parametrize("sampling", [GREEDY, SAMPLED], ids=["greedy", "sampled"])
 def test_a_batch_decodes_to_the_same_tokens_as_one_by_one(sampling):
-    singles = [last_of(PARTS, [context_of(p)], [generator(i)], sampling, 12)[0] for i, p in enumerate(PROMPTS)]
-    batch = last_of(PARTS, [context_of(p) for p in PROMPTS], [generator(i) for i in range(3)], sampling, 12)
+    singles = [last_of([context_of(p)], [generator(i)], sampling, 12)[0] for i, p in enumerate(PROMPTS)]
+    batch = last_of([context_of(p) for p in PROMPTS], [generator(i) for i in range(3)], sampling, 12)
     assert batch == singles
     assert len({tuple(answer.ids) for answer in singles}) == 3
 
@@ -125,100 +134,102 @@ def test_a_batch_decodes_to_the_same_tokens_as_one_by_one(sampling):
 @pytest.mark.parametrize("every", [3, 8, 100])
 def test_looking_seldom_changes_neither_tokens_nor_generators(sampling, every):
     seldom, often = ([generator(i) for i in range(3)] for _ in range(2))
-    found = last_of(PARTS, [context_of(p) for p in PROMPTS], seldom, sampling, 12, every)
-    assert found == last_of(PARTS, [context_of(p) for p in PROMPTS], often, sampling, 12)
+    found = last_of([context_of(p) for p in PROMPTS], seldom, sampling, 12, every)
+    assert found == last_of([context_of(p) for p in PROMPTS], often, sampling, 12)
     assert all(torch.equal(a.get_state(), b.get_state()) for a, b in zip(seldom, often, strict=True))
 
 
 def test_texts_that_end_within_a_round_end_there_and_the_others_go_on():
-    parts, contexts = scripted([5, EOS, 1, 1], [6, 7, 8, 9, 9], [7, 7, 7, 7, EOS])
-    answers = last_of(parts, contexts, [generator(0)] * 3, GREEDY, 5, 4)
+    model, contexts = scripted([5, EOS, 1, 1], [6, 7, 8, 9, 9], [7, 7, 7, 7, EOS])
+    answers = last_of(contexts, [generator(0)] * 3, GREEDY, 5, 4, model=model)
     assert [(a.ids, a.finish_reason) for a in answers] == [
         ([5], "stop"),
         ([6, 7, 8, 9, 9], "length"),
         ([7, 7, 7, 7], "stop"),
     ]
-    assert parts.model.fed == [[BOS, BOS, BOS], [5, 6, 7], [EOS, 7, 7], [1, 8, 7], [9, 7]]
+    assert model.fed == [[BOS, BOS, BOS], [5, 6, 7], [EOS, 7, 7], [1, 8, 7], [9, 7]]
 
 
 def test_decoding_starts_from_bos_and_leaves_the_context_as_it_is():
     context = context_of(PROMPTS[1])
-    cache = context.cache
-    before = cache.keys[:, : context.length].clone(), context.length, context.position
-    first = last_of(PARTS, [context], [generator(0)], GREEDY, 5)[0]
-    assert torch.equal(cache.keys[:, : context.length], before[0])
-    assert (context.length, context.position) == before[1:]
+    before = held(context)
+    first = last_of([context], [generator(0)], GREEDY, 5)[0]
+    assert_same(held(context), before)
     logits = small_model().decode(torch.tensor([TOKENIZER.bos_id]), [context.fork()])
     assert first.ids[0] == int(logits.argmax())
-    assert last_of(PARTS, [context], [generator(0)], GREEDY, 5)[0] == first  # neither call influences the other
+    assert last_of([context], [generator(0)], GREEDY, 5)[0] == first  # neither call influences the other
 
 
 class Script:
     """A model that says given tokens after each context, and remembers what it was fed."""
 
     device = torch.device("cpu")
+    attention = SimpleNamespace(has_step=False)
 
     def __init__(self, *lines: list[int]) -> None:
         self.lines, self.fed = {id_: iter(line) for id_, line in enumerate(lines)}, []
+        self.graphs = SimpleNamespace(decode_step=None)
 
-    def decode(self, ids: torch.Tensor, contexts, *, attention: str) -> torch.Tensor:
+    def decode(self, ids: torch.Tensor, contexts) -> torch.Tensor:
         self.fed.append(ids.tolist())
         spoken = torch.tensor([next(self.lines[context.number]) for context in contexts])
         return 50.0 * torch.nn.functional.one_hot(spoken, 448).float()
 
 
-def scripted(*lines: list[int]) -> tuple[Parts, list]:
+def scripted(*lines: list[int]) -> tuple[Script, list]:
     contexts = []
     for number in range(len(lines)):
-        context = SimpleNamespace(number=number, length=0, cache=SimpleNamespace(reserve=lambda tokens: None))
+        context = SimpleNamespace(number=number, length=0, reserve=lambda tokens: None)
         context.fork = lambda context=context: context
         contexts.append(context)
-    return Parts(Script(*lines), None, TOKENIZER), contexts  # pyright: ignore[reportArgumentType]
+    return Script(*lines), contexts
 
 
 EOS, BOS = TOKENIZER.eos_id, TOKENIZER.bos_id
 
 
 def test_eos_stops_and_is_not_kept_and_the_others_go_on():
-    parts, contexts = scripted([5, EOS], [6, 7, 8, 9], [EOS])
-    answers = last_of(parts, contexts, [generator(0)] * 3, GREEDY, 3)
+    model, contexts = scripted([5, EOS], [6, 7, 8, 9], [EOS])
+    answers = last_of(contexts, [generator(0)] * 3, GREEDY, 3, model=model)
     assert [(answer.ids, answer.finish_reason) for answer in answers] == [
         ([5], "stop"),
         ([6, 7, 8], "length"),
         ([], "stop"),
     ]
-    assert parts.model.fed == [[BOS, BOS, BOS], [5, 6], [7]]
+    assert model.fed == [[BOS, BOS, BOS], [5, 6], [7]]
 
 
 def test_the_limit_counts_new_tokens_and_eos_right_after_it_is_never_asked_for():
-    parts, contexts = scripted([5, 6, EOS])
-    (answer,) = last_of(parts, contexts, [generator(0)], GREEDY, 2)
+    model, contexts = scripted([5, 6, EOS])
+    (answer,) = last_of(contexts, [generator(0)], GREEDY, 2, model=model)
     assert (answer.ids, answer.finish_reason) == ([5, 6], "length")
 
 
 @pytest.mark.parametrize("every", [1, 2, 8])
 @pytest.mark.parametrize(("line", "draws"), [([5, 6, 7], 4), ([5, EOS, 9], 2)], ids=["length", "stop"])
 def test_one_draw_more_than_is_kept_at_the_limit_and_none_after_eos(line, draws, every):
-    parts, contexts = scripted(line)
+    model, contexts = scripted(line)
     found, twin = generator(4), generator(4)
-    last_of(parts, contexts, [found], SAMPLED, 3, every)
+    last_of(contexts, [found], SAMPLED, 3, every, model=model)
     for _ in range(draws):
         torch.multinomial(torch.ones(448), 1, generator=twin)
     assert torch.equal(found.get_state(), twin.get_state())
 
 
-def jobs_of(contexts: list, **options) -> list[Job]:
-    return [
-        Job(Options(**options), generator(i), contexts=SimpleNamespace(full=context))  # pyright: ignore[reportArgumentType]
-        for i, context in enumerate(contexts)
-    ]
+def write_texts(model: Script, contexts, *, sampling=GREEDY, limit: int, stop=(), **options) -> list[tuple]:
+    """Text and answer of each context, all decoded together."""
+    given = [generator(i) for i in range(len(contexts))]
+    decoding = Decoding(model, TOKENIZER, contexts, given, chooser=sampling, limit=limit, **options)
+    texts = [""] * len(contexts)
+    for pieces in texts_of(decoding, stop):
+        texts = [text + piece for text, piece in zip(texts, pieces, strict=True)]
+    return list(zip(texts, decoding.answers, given, strict=True))
 
 
 def test_written_texts_end_at_a_stop_string_each_on_its_own():
     lines = [TOKENIZER.encode(words) for words in ("a cat. a dog", "a cat, a dog", "no")]
-    parts, contexts = scripted(*[[*line, EOS] for line in lines])
-    written_texts = write_texts(parts, jobs_of(contexts), limit=100, stop=["."])
-    assert [(words, answer.finish_reason) for words, answer in written_texts] == [
+    written_texts = write_texts(*scripted(*[[*line, EOS] for line in lines]), limit=100, stop=["."])
+    assert [(words, answer.finish_reason) for words, answer, _ in written_texts] == [
         ("a cat", "stop"),
         ("a cat, a dog", "stop"),
         ("no", "stop"),
@@ -226,34 +237,91 @@ def test_written_texts_end_at_a_stop_string_each_on_its_own():
     assert len(written_texts[0][1].ids) < len(lines[0])  # it did not decode on
 
 
-def test_a_written_text_keeps_no_token_from_after_its_stop_string(monkeypatch):
+def test_a_written_text_keeps_no_token_from_after_its_stop_string():
     lines = [TOKENIZER.encode(words) for words in ("a cat. a dog", "no")]
-    often, seldom = [], []
-    for found, every in ((often, 1), (seldom, 64)):
-        parts, contexts = scripted(*[[*line, EOS, *[1] * 64] for line in lines])
-        seen = decode(parts, contexts, [generator(0)] * 2, sampling=GREEDY, max_new_tokens=64, look_every=every)
-        monkeypatch.setattr("bagel.answering.decode", lambda *_, seen=seen, **__: seen)
-        found += write_texts(parts, jobs_of(contexts), limit=64, stop=["."])
+    often, seldom = (
+        [
+            (words, answer)
+            for words, answer, _ in write_texts(
+                *scripted(*[[*line, EOS, *[1] * 64] for line in lines]),
+                limit=64,
+                stop=["."],
+                look_every=every,
+                logprobs=True,
+            )
+        ]
+        for every in (1, 64)
+    )
     assert seldom == often
+    assert [len(answer.logprobs) for _, answer in often] == [len(answer.ids) for _, answer in often]
 
 
 def test_a_drawn_text_draws_nothing_after_its_stop_string(monkeypatch):
-    line = TOKENIZER.encode("a cat. a dog")
+    line, drawn = TOKENIZER.encode("a cat. a dog"), generator(0)
     monkeypatch.setattr(Script, "device", torch.device("meta"))  # anything but a CPU
-    monkeypatch.setattr("bagel.answering.torch.full", lambda size, value, device: torch.tensor([value] * size[0]))
-    parts, contexts = scripted([*line, EOS])
-    jobs = jobs_of(contexts, do_sample=True, temperature=0.01, stop=["."])
-    ((words, answer),) = write_texts(parts, jobs, limit=100, stop=["."])
+    monkeypatch.setattr(
+        "bagel.generation.writing.torch.full", lambda size, value, device: torch.tensor([value] * size[0])
+    )
+    model, (context,) = scripted([*line, EOS])
+    session = SimpleNamespace(
+        model=model,
+        processor=SimpleNamespace(tokenizer=TOKENIZER),
+        state=SimpleNamespace(contexts=SimpleNamespace(full=context)),
+        generator=drawn,
+    )
+    options = make_options("write", {"do_sample": True, "temperature": 0.01, "stop": ["."]})
+    decoding = decoding_of([session], options)
+    words = "".join(piece for (piece,) in texts_of(decoding, options.stop_strings))
     twin = generator(0)
-    for _ in answer.ids:
+    for _ in decoding.answers[0].ids:
         torch.multinomial(torch.ones(448), 1, generator=twin)
     assert words == "a cat"
-    assert torch.equal(jobs[0].generator.get_state(), twin.get_state())
+    assert torch.equal(drawn.get_state(), twin.get_state())
 
 
 def test_written_text_of_a_broken_character_and_an_unknown_id():
     first_byte = TOKENIZER.encode("中")[0]
     assert TOKENIZER.decode([first_byte]) == "\ufffd"
-    parts, contexts = scripted([447, first_byte])
-    ((words, answer),) = write_texts(parts, jobs_of(contexts), limit=2)
+    ((words, answer, _),) = write_texts(*scripted([447, first_byte]), limit=2)
     assert (words, answer.ids, answer.finish_reason) == ("\ufffd", [447, first_byte], "length")
+
+
+# How likely a text is -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("every", [1, 5])
+@pytest.mark.parametrize("sampling", [GREEDY, SAMPLED], ids=["greedy", "sampled"])
+def test_log_probabilities_are_those_of_the_model_before_it_is_sampled_from(sampling, every):
+    contexts = [context_of(prompt) for prompt in PROMPTS]
+    answers = last_of(contexts, [generator(i) for i in range(3)], sampling, 6, every, logprobs=True)
+    for context, answer in zip(contexts, answers, strict=True):
+        fork, ids = context.fork(), [BOS, *answer.ids]
+        wanted = [
+            small_model().decode(torch.tensor([token]), [fork])[0].log_softmax(-1)[following].item()
+            for token, following in itertools.pairwise(ids)
+        ]
+        assert answer.logprobs == pytest.approx(wanted, abs=1e-4)
+
+
+def test_a_given_text_is_scored_as_it_would_be_written():
+    context = context_of(PROMPTS[1])
+    before = held(context)
+    (answer,) = last_of([context], [generator(3)], SAMPLED, 8, logprobs=True)
+    found = score(small_model(), packs, context, Text(torch.tensor([BOS, *answer.ids, EOS])))
+    assert found[:-1] == pytest.approx(answer.logprobs, abs=1e-4)
+    assert len(found) == len(answer.ids) + 1
+    assert_same(held(context), before)
+
+
+def test_any_function_may_choose_the_tokens():
+    def second_likeliest(logits, generators):
+        assert len(generators) == logits.shape[0]
+        return logits.topk(2).indices[:, 1]
+
+    context = context_of(PROMPTS[0])
+    (answer,) = last_of([context], [generator(0)], second_likeliest, 4)
+    fork, ids = context.fork(), [BOS]
+    for token in answer.ids:
+        logits = small_model().decode(torch.tensor(ids[-1:]), [fork])[0]
+        assert token == logits.topk(2).indices[1]
+        ids.append(token)

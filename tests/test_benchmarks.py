@@ -13,7 +13,6 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from bagel import BAGEL_7B, BagelPipeline
 from bagel.config import VAEConfig
-from bagel.drawing import plan_flow
 from bagel.modeling import Bagel
 from bagel.options import make_options
 from benchmarks import floors
@@ -31,13 +30,13 @@ PROMPT = 40  # tokens of a short prompt
 TERA = 1e12
 
 
-def guided(task: str) -> list[bool]:
-    options = make_options(task, "image", {})
-    return options.guidance.active(options.timesteps[:-1])
+def asked(task: str) -> list[int]:
+    options = make_options(task, {})
+    return [len(options.guide.branches(t)) for t in options.timesteps[:-1].tolist()]
 
 
 def drawn(task: str, contexts: list[int]) -> list[Phase]:
-    counted = floors.computed_branches(guided(task), len(contexts), taylorseer=False)
+    counted = floors.computed_branches(asked(task), taylorseer=False)
     return [
         dataclasses.replace(floors.evaluation(BAGEL_7B, 4096, [contexts[i] for i in due], 2), count=count)
         for due, count in counted.items()
@@ -73,7 +72,7 @@ def test_an_edit_of_the_7b_is_147_forwards_and_10476_tflop():
     shown = 4098 + 4902
     phases = [
         *drawn("edit", [shown + PROMPT, shown, PROMPT]),
-        floors.forward(LLM, [Tokens(und=2, gen=4096)], 2, name="picture"),
+        floors.forward(LLM, [Tokens(und=2, gen=4096)], 2, name="image"),
         floors.forward(LLM, [Tokens(und=4902, start=4098)], 2, name="patches"),
         floors.forward(LLM, [Tokens(und=PROMPT, start=s, causal=True) for s in (shown, 0)], 2, name="text"),
         floors.vision(BAGEL_7B.vit_config, LLM.hidden_size, 4900, 2),
@@ -84,7 +83,7 @@ def test_an_edit_of_the_7b_is_147_forwards_and_10476_tflop():
 
 
 def test_taylorseer_computes_36_of_90_forwards():
-    counted = floors.computed_branches(guided("text_to_image"), 2, taylorseer=True)
+    counted = floors.computed_branches(asked("text_to_image"), taylorseer=True)
     assert sum(len(due) * count for due, count in counted.items()) == 36
 
 
@@ -97,16 +96,13 @@ def test_decoding_the_7b_reads_14_gb_a_token():
 @pytest.mark.parametrize(("height", "width"), [(128, 128), (192, 192), (80, 208), (176, 112)])
 def test_a_counted_evaluation_is_what_the_model_multiplies_whatever_the_size(height, width):
     pipe = BagelPipeline.from_pretrained(TINY, device="cpu", attention="reference")  # its products are all counted
-    options = make_options("text_to_image", "image", {"height": height, "width": width})
-    (job,) = pipe._prepared([["a red circle"]], [options], "image")
-    assert job.contexts is not None
-    tokens = (height // 16) * (width // 16)
-    with torch.inference_mode(), FlopCounterMode(display=False) as counter:
-        velocity, _ = plan_flow(pipe.parts, [job])
-        before = counter.get_total_flops()
-        velocity([torch.zeros(tokens, 64)], 0)
-    phase = floors.evaluation(pipe.parts.model.config, tokens, [job.contexts.full.length, 0], 4)
-    assert counter.get_total_flops() - before == phase.flops
+    session = pipe.session().read("a red circle")
+    velocity = session.velocity(height=height, width=width)
+    noise = velocity.noise()
+    with FlopCounterMode(display=False) as counter:
+        velocity(noise, 1.0)
+    phase = floors.evaluation(pipe.model.config, len(noise), [session.contexts.full.length, 0], 4)
+    assert counter.get_total_flops() == phase.flops
 
 
 def test_counted_vision_is_what_the_encoder_multiplies():

@@ -153,7 +153,7 @@ def test_open_without_vision_draws_and_says_so(tmp_path, tiny_state):
     checkpoint = Checkpoint.open(make_folder(tmp_path / "c", change=without_vision))
     assert not checkpoint.config.visual_und
     assert checkpoint.config.visual_gen
-    assert any("vision half: it cannot see pictures" in sentence for sentence in checkpoint.lacks)
+    assert any("vision half: it cannot see images" in sentence for sentence in checkpoint.lacks)
     model, vae = load(checkpoint)
     assert vae is not None
     assert_same(model, {name: t for name, t in tiny_state.items() if not name.startswith(("vit", "connector"))})
@@ -235,7 +235,7 @@ def test_open_passes_over_a_broken_config_json_of_a_base(tmp_path):
         Checkpoint.open(folder, base=base)
 
 
-def test_open_without_config_json_notes_its_defaults_and_pictures_fit(tmp_path):
+def test_open_without_config_json_notes_its_defaults_and_images_fit(tmp_path):
     folder = make_folder(tmp_path / "c", without=("config.json",))
     checkpoint = Checkpoint.open(folder)
     config = checkpoint.config

@@ -10,20 +10,22 @@ import subprocess
 import sys
 import threading
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 from conftest import REFERENCE
 from PIL import Image
 
-from bagel import BagelPipeline
+from bagel import BagelPipeline, NotEnoughMemoryError, Session
 from bagel.cli import main
 from bagel.cli.answers import Chat
 from bagel.demo import CHECKPOINT
+from bagel.options import make_options
 from bagel.png import read_info, save_numbered_png, save_png
 
 ROOT = Path(__file__).parents[1]
 TINY = REFERENCE / "tiny" / "checkpoint"
-PICTURE = REFERENCE / "tiny" / "golden" / "input_landscape.png"
+IMAGE = REFERENCE / "tiny" / "golden" / "input_landscape.png"
 SMALL = ("--model", str(TINY), "--device", "cpu", "--height", "64", "--width", "96", "--steps", "3")
 SHORT = ("--model", str(TINY), "--device", "cpu", "--max-new-tokens", "5")
 GREEN = Image.new("RGB", (4, 3), "green")
@@ -74,7 +76,7 @@ def test_version_names_the_distribution(capsys):
     [
         ((), "COMMAND"),
         (("text-to-image",), "give a prompt"),
-        (("text-to-image", "a", "b", *SMALL, "-o", "one.png"), "2 pictures need a folder"),
+        (("text-to-image", "a", "b", *SMALL, "-o", "one.png"), "2 images need a folder"),
         (("text-to-image", "a", *SMALL, "-o", "one.jpg"), "write one.png"),
         (("text-to-image", "a", *SMALL, "--preset", "nothing"), "preset must be one of"),
         (("text-to-image", "a", *SMALL, "--preset", "gedit"), "is for edit"),
@@ -82,9 +84,9 @@ def test_version_names_the_distribution(capsys):
         (("text-to-image", "a", *SMALL, "--dtype", "float8"), "dtype must be one of"),
         (("text-to-image", "a", *SMALL, "--batch-size", "0"), "at least 1"),
         (("text-to-image", "a", *SMALL, "--device", "warp"), "device='warp' cannot be used"),
-        (("text-to-image", "--prompts-file", PICTURE, *SMALL), "input_landscape.png is no text in UTF-8"),
-        (("edit", PICTURE), "--instruction"),
-        (("understand", PICTURE, "--question", "what?", "--stream", "--json"), "not allowed with"),
+        (("text-to-image", "--prompts-file", IMAGE, *SMALL), "input_landscape.png is no text in UTF-8"),
+        (("edit", IMAGE), "--instruction"),
+        (("understand", IMAGE, "--question", "what?", "--stream", "--json"), "not allowed with"),
     ],
 )
 def test_a_command_that_cannot_be_meant_exits_with_2(argv, says, capsys):
@@ -136,7 +138,7 @@ def test_text_to_image_draws_what_the_pipeline_draws(pipe, capsys):
         assert image.tobytes() == wanted.tobytes()
 
 
-def test_pictures_carry_prompt_seed_and_settings():
+def test_images_carry_prompt_seed_and_settings():
     given = ("--seed", "7", "--cfg-interval", "0.1", "0.9", "--negative-prompt", "grün ☃", "--taylorseer")
     assert exit_code("text-to-image", "ein roter Kreis ☃", "-o", "circle.png", *given, *SMALL) == 0
     info = read_info("circle.png")
@@ -158,7 +160,7 @@ def test_pictures_carry_prompt_seed_and_settings():
     assert wanted.items() <= json.loads(info["parameters"]).items()
 
 
-def test_the_recorded_seed_draws_the_same_picture_again():
+def test_the_recorded_seed_draws_the_same_image_again():
     assert exit_code("text-to-image", "a", "-o", "one.png", *SMALL) == 0
     assert exit_code("text-to-image", "a", "-o", "two.png", "--seed", read_info("one.png")["seed"], *SMALL) == 0
     assert Path("one.png").read_bytes() == Path("two.png").read_bytes()
@@ -196,17 +198,28 @@ def test_a_preset_is_used_under_what_is_typed():
 
 def test_edit_draws_what_the_pipeline_draws(pipe):
     options = ("--instruction", "make it blue", "--seed", "3", "--model", TINY, "--steps", "3", "-o", "blue.png")
-    assert exit_code("edit", PICTURE, *options) == 0
-    with Image.open(PICTURE) as picture, Image.open("blue.png") as found:
-        wanted = pipe.edit(picture, "make it blue", seed=3, num_timesteps=3).image
+    assert exit_code("edit", IMAGE, *options) == 0
+    with Image.open(IMAGE) as image, Image.open("blue.png") as found:
+        wanted = pipe.edit(image, "make it blue", seed=3, num_timesteps=3).image
         assert found.tobytes() == wanted.tobytes()
-    assert json.loads(read_info("blue.png")["parameters"])["inputs"] == [PICTURE.name]
+    assert json.loads(read_info("blue.png")["parameters"])["inputs"] == [IMAGE.name]
+
+
+def test_an_input_is_turned_upright_unless_told_otherwise():
+    exif = Image.Exif()
+    exif[274] = 6  # to be turned by a quarter
+    Image.new("RGB", (96, 64), "green").save("turned.jpg", exif=exif)
+    for option, is_wide in (((), False), (("--no-exif",), True)):
+        options = ("--instruction", "make it blue", "--model", TINY, "--steps", "2", "-o", "out.png", "--force")
+        assert exit_code("edit", "turned.jpg", *options, *option) == 0
+        with Image.open("out.png") as image:
+            assert (image.width > image.height) == is_wide
 
 
 # Files -----------------------------------------------------------------------------------------------------------
 
 
-def test_an_existing_picture_is_kept_before_anything_is_drawn(monkeypatch, capsys):
+def test_an_existing_image_is_kept_before_anything_is_drawn(monkeypatch, capsys):
     monkeypatch.setattr(BagelPipeline, "text_to_image", lambda *_, **__: pytest.fail("it drew"))
     Path("mine.png").write_text("precious")
     assert exit_code("text-to-image", "a", "-o", "mine.png", *SMALL) == 1
@@ -221,20 +234,20 @@ def test_a_command_that_fails_leaves_no_folder(capsys):
     assert os.listdir() == []
 
 
-def test_a_place_that_can_hold_no_pictures_is_refused_before_anything_is_drawn(monkeypatch, capsys):
+def test_a_place_that_can_hold_no_images_is_refused_before_anything_is_drawn(monkeypatch, capsys):
     monkeypatch.setattr(BagelPipeline, "text_to_image", lambda *_, **__: pytest.fail("it drew"))
     Path("file").touch()
     assert exit_code("text-to-image", "a", "-o", "file/folder/", *SMALL) == 1
     assert "file is no folder that may be written to" in capsys.readouterr().err
 
 
-def test_force_replaces_an_existing_picture():
+def test_force_replaces_an_existing_image():
     Path("mine.png").write_text("old")
     assert exit_code("text-to-image", "a", "-o", "mine.png", "--force", *SMALL) == 0
     assert read_info("mine.png")["prompt"] == "a"
 
 
-def test_a_picture_that_appears_while_drawing_is_kept():
+def test_an_image_that_appears_while_drawing_is_kept():
     Path("late.png").write_text("precious")
     with pytest.raises(FileExistsError):
         save_png(GREEN, "late.png", {})
@@ -262,7 +275,7 @@ def test_a_number_is_never_given_twice():
 
 def test_a_save_that_is_interrupted_leaves_no_file(monkeypatch, capsys):
     def interrupted(self, file, **_):
-        file.write(b"half a picture")
+        file.write(b"half an image")
         raise KeyboardInterrupt
 
     monkeypatch.setattr(Image.Image, "save", interrupted)
@@ -274,12 +287,14 @@ def test_a_save_that_is_interrupted_leaves_no_file(monkeypatch, capsys):
 def test_ctrl_c_while_drawing_leaves_no_file():
     code = f"""
 import sys
-import bagel.cli, bagel.pipeline
-draw = bagel.pipeline.draw
+import bagel.cli
+from bagel.modeling import Denoiser
+states = Denoiser.states
 def announced(*args):
+    Denoiser.states = states
     print("drawing", flush=True)
-    return draw(*args)
-bagel.pipeline.draw = announced
+    return states(*args)
+Denoiser.states = announced
 sys.exit(bagel.cli.main(["text-to-image", "a", "-o", "a.png", "--model", {str(TINY)!r}, "--steps", "100000"]))
 """
     environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
@@ -300,33 +315,67 @@ sys.exit(bagel.cli.main(["text-to-image", "a", "-o", "a.png", "--model", {str(TI
 
 
 def test_understand_prints_the_answer(pipe, capsys):
-    assert exit_code("understand", PICTURE, "--question", "what?", *SHORT) == 0
-    with Image.open(PICTURE) as picture:
-        assert capsys.readouterr().out == pipe.understand(picture, "what?", max_new_tokens=5).text + "\n"
+    assert exit_code("understand", IMAGE, "--question", "what?", *SHORT) == 0
+    with Image.open(IMAGE) as image:
+        assert capsys.readouterr().out == pipe.understand(image, "what?", max_new_tokens=5).text + "\n"
 
 
 def test_a_streamed_answer_is_the_same(capsys):
-    assert exit_code("understand", PICTURE, "--question", "what?", *SHORT) == 0
+    assert exit_code("understand", IMAGE, "--question", "what?", *SHORT) == 0
     whole = capsys.readouterr().out
-    assert exit_code("understand", PICTURE, "--question", "what?", "--stream", *SHORT) == 0
+    assert exit_code("understand", IMAGE, "--question", "what?", "--stream", *SHORT) == 0
     assert capsys.readouterr().out == whole
 
 
 def test_understand_as_json_tells_why_it_ended(capsys):
-    assert exit_code("understand", PICTURE, "--question", "what?", "--json", *SHORT) == 0
+    assert exit_code("understand", IMAGE, "--question", "what?", "--json", *SHORT) == 0
     row = json.loads(capsys.readouterr().out)
     assert (row["finish_reason"], row["tokens"]) == ("length", 5)
 
 
-def test_chat_keeps_the_context_of_pictures_questions_and_answers(pipe, monkeypatch, capsys):
-    monkeypatch.setattr("sys.stdin", io.StringIO(f"/image {PICTURE}\nwhat?\n\nand then?\n/reset\nwhat?\n/quit\nno\n"))
+def listener(pipe: BagelPipeline) -> Session:
+    """A session as `bagel chat` keeps one: images enter it by the ViT alone."""
+    return Session(pipe.model, None, pipe.processor)
+
+
+def test_chat_keeps_the_context_of_images_questions_and_answers(pipe, monkeypatch, capsys):
+    monkeypatch.setattr("sys.stdin", io.StringIO(f"/image {IMAGE}\nwhat?\n\nand then?\n/reset\nwhat?\n/quit\nno\n"))
     assert exit_code("chat", *SHORT) == 0
-    with Image.open(PICTURE) as picture:
-        first = pipe.understand(picture, "what?", max_new_tokens=5).text
-        inputs = [picture, "what?", first, "and then?"]
-        second = pipe.generate(inputs, output="text", max_new_tokens=5).text
+    session = listener(pipe)
+    with Image.open(IMAGE) as image:
+        first = pipe.understand(image, "what?", max_new_tokens=5).text
+        session.read(image, "what?").write(max_new_tokens=5)
+    second = session.read("and then?").write(max_new_tokens=5).text
     alone = pipe.generate(["what?"], output="text", max_new_tokens=5).text
     assert capsys.readouterr().out == f"{first}\n{second}\n{alone}\n"
+
+
+def test_chat_reads_nothing_twice(pipe, monkeypatch):
+    lengths: list[int] = []
+    hook = pipe.model.register_forward_pre_hook(lambda _, args: lengths.extend(args[0].layout.lengths))
+    monkeypatch.setattr("sys.stdin", io.StringIO(f"/image {IMAGE}\nwhat?\nand then?\n"))
+    assert exit_code("chat", *SHORT) == 0
+    hook.remove()
+    question, answer, following = (len(pipe.processor.text(said).ids) for said in ("what?", "", "and then?"))
+    assert lengths[1:] == [question, answer + 5, following]
+
+
+def test_chat_thinks_as_understand_does(pipe, monkeypatch, capsys):
+    for prompt in ([], ["--system-prompt", "be brief"]):
+        monkeypatch.setattr("sys.stdin", io.StringIO(f"/image {IMAGE}\nwhat?\n"))
+        assert exit_code("chat", *SHORT, "--think", *prompt) == 0
+        system = prompt[1] if prompt else None
+        with Image.open(IMAGE) as image:
+            wanted = pipe.understand(image, "what?", max_new_tokens=5, think=True, system_prompt=system).text
+        assert capsys.readouterr().out == f"{wanted}\n"
+
+
+def test_chat_follows_preset_seed_and_sampling(pipe, monkeypatch, capsys):
+    monkeypatch.setattr("sys.stdin", io.StringIO("what?\n"))
+    options = ("--preset", "draft", "--do-sample", "--temperature", "0.9", "--seed", "3", "--stop", "e")
+    assert exit_code("chat", "--model", str(TINY), *options) == 0
+    given = {"preset": "draft", "do_sample": True, "temperature": 0.9, "seed": 3, "stop": ("e",)}
+    assert capsys.readouterr().out == pipe.generate(["what?"], output="text", **given).text + "\n"
 
 
 def test_chat_goes_on_after_a_mistake(monkeypatch, capsys):
@@ -347,21 +396,68 @@ def test_chat_ends_with_0_on_ctrl_c_at_the_prompt(monkeypatch):
     assert exit_code("chat", *SHORT) == 0
 
 
-def test_ctrl_c_during_an_answer_stops_only_that_answer(capsys):
-    class Slow:
-        heard: list[list[object]] = []  # noqa: RUF012
+def new_chat(pipe: BagelPipeline, **given) -> Chat:
+    return Chat(listener(pipe), make_options("understand", given))
 
-        def stream(self, inputs, **_):
-            self.heard.append(list(inputs))
-            yield "so "
-            yield "far"
+
+@pytest.mark.real_loading
+@pytest.mark.parametrize("where", ["bagel.cli.answers.print", "bagel.modeling.Bagel.decode"])
+def test_ctrl_c_during_an_answer_stops_only_that_answer(where, monkeypatch, capsys):
+    pipe = BagelPipeline.from_pretrained(CHECKPOINT, device="cpu")
+    question, calls = "describe the picture", []
+    works = type(pipe.model).decode if where.endswith("decode") else print
+
+    def interrupted(*args, **options):
+        done = works(*args, **options)
+        calls.append(args)
+        if len(calls) == 3:
             raise KeyboardInterrupt
+        return done
 
-    chat = Chat(Slow(), {})  # pyright: ignore[reportArgumentType]
-    assert chat.say("tell me")
-    assert capsys.readouterr().out == "so far [stopped]\n"
-    assert chat.say("go on")
-    assert Slow.heard[1] == ["tell me", "so far", "go on"]
+    whole, stopped, session = new_chat(pipe), new_chat(pipe), listener(pipe)
+    whole.say(question)
+    wanted = capsys.readouterr().out
+    with monkeypatch.context() as patch:
+        patch.setattr(where, interrupted, raising=False)
+        assert stopped.say(question)
+    said = capsys.readouterr().out.removesuffix(" [stopped]\n")
+    session.read(question)
+    assert said == session.write(max_new_tokens=2 if where.endswith("decode") else 3).text
+    assert wanted.startswith(said)
+    assert len(said) < len(wanted.rstrip())
+    assert stopped.say("and then?")
+    assert capsys.readouterr().out == session.read("and then?").write().text + "\n"
+
+
+def test_an_error_leaves_the_chat_as_it_was(pipe, monkeypatch, capsys):
+    chat, fresh = new_chat(pipe, max_new_tokens=5), new_chat(pipe, max_new_tokens=5)
+    for each in (chat, fresh):
+        each.say("what?")
+    capsys.readouterr()
+    failures = {"forward": ("and then?", f"/image {IMAGE}"), "decode": ("how?",)}  # to read; to answer
+    for name, lines in failures.items():
+        for line in lines:
+            for error in (ValueError("too odd"), NotEnoughMemoryError("too long")):
+                with monkeypatch.context() as patch:
+                    patch.setattr(type(pipe.model), name, Mock(side_effect=error))
+                    assert chat.say(line)
+                assert str(error) in capsys.readouterr().err
+    for each in (chat, fresh):
+        each.say("and then?")
+    first, second = capsys.readouterr().out.splitlines()
+    assert first == second
+
+
+def test_ctrl_c_while_an_image_is_read_keeps_the_chat(pipe, monkeypatch, capsys):
+    chat, fresh = new_chat(pipe, max_new_tokens=5), new_chat(pipe, max_new_tokens=5)
+    with monkeypatch.context() as patch:
+        patch.setattr(type(pipe.model), "forward", Mock(side_effect=KeyboardInterrupt))
+        assert chat.say(f"/image {IMAGE}")
+    assert capsys.readouterr().out == " [stopped]\n"
+    for each in (chat, fresh):
+        each.say("what?")
+    first, second = capsys.readouterr().out.splitlines()
+    assert first == second
 
 
 # Checkpoints -------------------------------------------------------------------------------------------------
@@ -393,7 +489,7 @@ def test_inspect_verify_without_checksums_is_not_a_success(capsys):
 
 @pytest.mark.real_loading
 def test_commands_load_the_model_they_are_told(capsys):
-    assert exit_code("understand", PICTURE, "--question", "what?", *SHORT) == 0
+    assert exit_code("understand", IMAGE, "--question", "what?", *SHORT) == 0
     assert exit_code("text-to-image", "a", "--model", "no-such-folder/", "-o", "a.png") == 1
     assert "no-such-folder" in capsys.readouterr().err
     assert not Path("a.png").exists()
@@ -403,5 +499,5 @@ def test_commands_load_the_model_they_are_told(capsys):
 def test_demo_is_the_name_of_the_built_in_model(model, pipe, monkeypatch):
     asked = []
     monkeypatch.setattr(BagelPipeline, "from_pretrained", lambda source, **_: asked.append(source) or pipe)
-    assert exit_code("understand", PICTURE, "--question", "what?", "--model", model, "--max-new-tokens", "2") == 0
+    assert exit_code("understand", IMAGE, "--question", "what?", "--model", model, "--max-new-tokens", "2") == 0
     assert asked == [CHECKPOINT if model == "demo" else model]

@@ -1,4 +1,4 @@
-"""Compiling changes nothing but speed: same pictures and texts, no compilation for other lengths and sizes."""
+"""Compiling changes nothing but speed: same images and texts, no compilation for other lengths and sizes."""
 
 from __future__ import annotations
 
@@ -42,9 +42,9 @@ def test_compiled_results_are_the_plain_ones(pipe):
 
 @torch.inference_mode()
 def test_a_compiled_layer_computes_what_the_plain_one_does(pipe):
-    decoder = pipe.parts.model.decoder
+    decoder = pipe.model.decoder
     layer, x = decoder.layers[0], torch.randn(7, decoder.config.hidden_size, generator=torch.Generator().manual_seed(0))
-    rotary = decoder.rotary(torch.arange(7))
+    rotary, _ = decoder.rotary(torch.arange(7), torch.arange(0))
     results = []
     for compiled in (False, True):
         if compiled:
@@ -74,8 +74,8 @@ def test_an_interrupted_compilation_leaves_the_pipeline_as_it_was(pipe, monkeypa
     monkeypatch.setattr(BagelPipeline, "text_to_image", interrupt)
     with pytest.raises(KeyboardInterrupt):
         pipe.compile(backend="eager")
-    experts = [module for module in pipe.parts.model.modules() if isinstance(module, Expert)]
-    assert len(experts) == 2 * len(pipe.parts.model.decoder.layers)
+    experts = [module for module in pipe.model.modules() if isinstance(module, Expert)]
+    assert len(experts) == 2 * len(pipe.model.decoder.layers)
     assert not any("heads" in vars(expert) for expert in experts)
 
 

@@ -1,4 +1,4 @@
-"""What `bagel demo` leaves and tells, and its contact sheet. Whether the pictures are right: test_small_model.py."""
+"""What `bagel demo` leaves and tells, and its contact sheet. Whether the images are right: test_small_model.py."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from bagel.cli.sheet import COLUMN, GAP, MARGIN, PAPER, WIDTH, Tile, contact_she
 from bagel.demo import CHECKPOINT
 from bagel.png import read_info, save_numbered_gif
 
-PICTURES = ("draw-0001", "draw-0002", "draw-0003", "edit-0001", "edit-0002", "think-0001", "contact-sheet-0001")
+IMAGES = ("draw-0001", "draw-0002", "draw-0003", "edit-0001", "edit-0002", "think-0001", "contact-sheet-0001")
 
 
 @dataclass(frozen=True)
@@ -36,9 +36,9 @@ def shown(tmp_path_factory) -> Shown:
     return Shown(folder, printed.getvalue())
 
 
-def test_demo_leaves_pictures_a_film_and_a_contact_sheet(shown):
+def test_demo_leaves_images_a_film_and_a_contact_sheet(shown):
     names = {path.name for path in shown.folder.iterdir()}
-    assert names == {f"{name}.png" for name in PICTURES} | {"next-frames-0001.gif"}
+    assert names == {f"{name}.png" for name in IMAGES} | {"next-frames-0001.gif"}
 
 
 def test_demo_tells_what_was_asked_and_how_long_it_took(shown):
@@ -58,7 +58,7 @@ def test_demo_shows_given_and_predicted_frames_in_its_film(shown):
     assert edges[0] != edges[3]
 
 
-def test_a_picture_of_the_demo_can_be_drawn_again(shown):
+def test_an_image_of_the_demo_can_be_drawn_again(shown):
     pipe = BagelPipeline.from_pretrained(CHECKPOINT, device="cpu")
     with Image.open(shown.folder / "think-0001.png") as found:
         info, pixels = read_info(shown.folder / "think-0001.png"), found.tobytes()
@@ -77,7 +77,7 @@ def test_demo_replaces_nothing(shown, tmp_path):
     assert {"contact-sheet-0002.png", "next-frames-0002.gif"} <= {path.name for path in tmp_path.iterdir()}
 
 
-def test_a_contact_sheet_shows_every_picture_and_leaves_margins():
+def test_a_contact_sheet_shows_every_image_and_leaves_margins():
     colors = ("red", "green", "blue", "cyan", "magenta", "yellow", "black")
     tiles = [Tile(Image.new("RGB", (16, 16), color), "heading", ("a caption " * 20,)) for color in colors]
     sheet = contact_sheet("title", [tiles[:3], tiles])

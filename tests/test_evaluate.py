@@ -47,8 +47,8 @@ class Oracle:
         """Make an example as the world does, and learn it."""
         example = sample(rng, task, split, **options)
         if task != "video":
-            pictures = [part for part in example.inputs if not isinstance(part, str)]
-            self.known[self._key(pictures, measurement.text_of(example))] = example, example.outputs
+            images = [part for part in example.inputs if not isinstance(part, str)]
+            self.known[self._key(images, measurement.text_of(example))] = example, example.outputs
             return example
         centers = [(x + self.frame_shift / 64, y) for x, y in example.motion.centers()]
         seen = [render(example.scenes[0], side=64, centers=[center]) for center in centers]
@@ -58,13 +58,13 @@ class Oracle:
         return example
 
     @staticmethod
-    def _key(pictures, text):
-        return hash((text, *(picture.tobytes() for picture in pictures)))
+    def _key(images, text):
+        return hash((text, *(image.tobytes() for image in images)))
 
-    def _do(self, task, pictures, texts, seeds, options):
+    def _do(self, task, images, texts, seeds, options):
         self.batches.append(len(texts))
         results = []
-        for own, text, seed in zip(pictures, texts, seeds, strict=True):
+        for own, text, seed in zip(images, texts, seeds, strict=True):
             self.calls.append((task, text, seed, options.get("cfg_text_scale"), options.get("num_timesteps")))
             example, outputs = self.known.get(self._key(own, text), (None, (None,)))
             output = self.spoil(task, example, outputs[-1], options)
@@ -298,7 +298,7 @@ def test_another_seed_asks_for_something_else(run):
 
 def test_timing_tells_seconds_and_memory(run):
     rows = run(Oracle(), tasks=("timing",), num_timesteps=5)
-    assert set(rows) == {"time: a picture at 5 timesteps", "time: an answer", "memory: the whole process so far"}
+    assert set(rows) == {"time: an image at 5 timesteps", "time: an answer", "memory: the whole process so far"}
     assert all(row.value > 0 for row in rows.values())
     assert rows["memory: the whole process so far"].value < 64
 
@@ -323,7 +323,7 @@ def test_evaluate_refuses_an_unknown_option():
         evaluate(Oracle(), num_timestep=3)
 
 
-def test_pictures_of_noise_are_wrong_and_no_trouble(run):
+def test_images_of_noise_are_wrong_and_no_trouble(run):
     def noise(task, example, output, options):
         rng = np.random.default_rng(len(noises))
         size = (1, 2, 4)[len(noises) % 3]
@@ -339,23 +339,23 @@ def test_pictures_of_noise_are_wrong_and_no_trouble(run):
 # Failures --------------------------------------------------------------------------------------------------------
 
 
-def test_pictures_are_kept_of_failures_alone_and_only_if_wanted(run):
+def test_images_are_kept_of_failures_alone_and_only_if_wanted(run):
     assert all(
-        not trial.pictures for trial in run(Oracle(spoil=wrong), tasks=("t2i",))["draw: three objects, counted"].trials
+        not trial.images for trial in run(Oracle(spoil=wrong), tasks=("t2i",))["draw: three objects, counted"].trials
     )
-    kept = run(Oracle(spoil=wrong), tasks=("t2i", "edit", "frames"), keep_pictures=True)
-    sizes = {name: {len(trial.pictures) for trial in row.trials} for name, row in kept.items()}
+    kept = run(Oracle(spoil=wrong), tasks=("t2i", "edit", "frames"), keep_images=True)
+    sizes = {name: {len(trial.images) for trial in row.trials} for name, row in kept.items()}
     assert sizes["draw: three objects, counted"] == {1}
     assert sizes["edit: add"] == {2}
     assert sizes["next frames: place, all frames of a motion"] == {7}
-    assert all(not t.pictures for r in run(Oracle(), tasks=("edit",), keep_pictures=True).values() for t in r.trials)
+    assert all(not t.images for r in run(Oracle(), tasks=("edit",), keep_images=True).values() for t in r.trials)
 
 
 def test_saved_failures_say_what_was_asked_and_seen(run, tmp_path):
-    rows = run(Oracle(spoil=wrong), tasks=("edit",), count=1, keep_pictures=True)
-    sheet, *pictures = save_failures(tmp_path, list(rows.values()))
+    rows = run(Oracle(spoil=wrong), tasks=("edit",), count=1, keep_images=True)
+    sheet, *images = save_failures(tmp_path, list(rows.values()))
     assert sheet.name == "contact-sheet-0001.png"
-    assert sorted(path.name for path in pictures)[0] == "edit-add-0001.png"
+    assert sorted(path.name for path in images)[0] == "edit-add-0001.png"
     info = read_info(tmp_path / "edit-add-0001.png")
     (trial,) = rows["edit: add"].trials
     assert (info["prompt"], info["seen"], info["seed"]) == (trial.prompt, trial.seen, "0")
@@ -364,7 +364,7 @@ def test_saved_failures_say_what_was_asked_and_seen(run, tmp_path):
 
 
 def test_nothing_is_saved_where_nothing_failed(run, tmp_path):
-    assert save_failures(tmp_path / "none", list(run(Oracle(), tasks=("t2i",), keep_pictures=True).values())) == []
+    assert save_failures(tmp_path / "none", list(run(Oracle(), tasks=("t2i",), keep_images=True).values())) == []
     assert not (tmp_path / "none").exists()
 
 
@@ -383,7 +383,7 @@ def test_model_that_only_understands_says_what_it_cannot_do():
     assert rows["t2i"].note.startswith("not possible: this model was loaded without its generating half")
     assert rows["t2i"].rate is None
     assert rows["caption: all attributes"].total == 1
-    assert rows["time: a picture at 25 timesteps"].value is None
+    assert rows["time: an image at 25 timesteps"].value is None
     assert rows["time: an answer"].value is not None
 
 
@@ -394,7 +394,7 @@ def test_command_prints_the_table_and_keeps_what_it_is_told(tmp_path, capsys):
     lines = capsys.readouterr().out.splitlines()
     assert lines[0] == HEADING
     assert [text.split(":")[0] for text in lines[1:]] == ["time"] * 3 + ["memory"] + ["draw"] * 3 + ["caption"]
-    assert "a picture at 2 timesteps" in lines[2]
+    assert "an image at 2 timesteps" in lines[2]
     found = json.loads((tmp_path / "out" / "rows.json").read_text())
     assert found["settings"]["drawing"]["num_timesteps"] == 2
     caption = found["rows"][-1]

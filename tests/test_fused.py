@@ -14,10 +14,12 @@ from conftest import assert_close
 from small_model import small_config
 from torch import nn
 
-from bagel.modeling import float8, layers
-from bagel.modeling.layers import Expert, Linear
+from bagel.kernels import choice, silu_mul
+from bagel.modeling.float8 import quantize_linears
+from bagel.modeling.layers import Expert
+from bagel.modeling.linear import Linear, apply
 from bagel.modeling.rope import rotary_table, rotate
-from bagel.vae import blocks
+from bagel.vae.blocks import ResidualBlock
 
 
 def rms_norm(x, weight, *, eps):
@@ -36,7 +38,7 @@ def norm_rotate(qk, weights, rotary, *, q_heads, eps):
     return rotate(exact, rotary).to(qk.dtype).split(heads, dim=1)
 
 
-def silu_mul(gate_up):
+def gated(gate_up):
     gate, up = gate_up.chunk(2, dim=-1)
     return F.silu(gate) * up
 
@@ -64,12 +66,12 @@ def add_rms_norm_round(x, plus, weight, *, eps, **rounding):
 
 
 def silu_mul_round(gate_up, **rounding):
-    return round_rows(silu_mul(gate_up), **rounding)
+    return round_rows(gated(gate_up), **rounding)
 
 
 ROUND = (round_rows, rms_norm_round, add_rms_norm_round, silu_mul_round)
-PLAIN = (rms_norm, add_rms_norm, norm_rotate, silu_mul, matrix_times_vector, add_product)
-KERNELS = {kernel.__name__: kernel for kernel in (*PLAIN, *ROUND)}
+PLAIN = (rms_norm, add_rms_norm, norm_rotate, matrix_times_vector, add_product)
+KERNELS = {"silu_mul": gated} | {kernel.__name__: kernel for kernel in (*PLAIN, *ROUND)}
 
 
 @pytest.fixture
@@ -77,24 +79,18 @@ def used(monkeypatch):
     """Names of the kernels that were used, in order."""
     names = []
 
-    def fused(name, x):
+    def find(name, x, *, narrow=False):
         names.append(name)
         return KERNELS[name]
 
-    monkeypatch.setattr(layers, "fused", fused)
-    monkeypatch.setattr(float8, "fused", fused)
+    monkeypatch.setattr(choice, "find", find)
     return names
 
 
 @pytest.fixture
 def without(monkeypatch):
     """Returns the kernels to where they are from."""
-
-    def leave():
-        for module in (layers, float8):
-            monkeypatch.setattr(module, "fused", lambda name, x: None)
-
-    return leave
+    return lambda: monkeypatch.setattr(choice, "find", lambda name, x, **_: None)
 
 
 def expert_and_input(tokens: int = 5, dtype: torch.dtype = torch.float32):
@@ -108,54 +104,62 @@ def expert_and_input(tokens: int = 5, dtype: torch.dtype = torch.float32):
     return expert, x, rotary
 
 
+def run(expert: Expert, x: torch.Tensor, rotary) -> tuple[torch.Tensor, ...]:
+    """Queries, keys, values and output; the queries stand for what attention gathers."""
+    q, k, v = expert.heads(x, rotary, expert)
+    return q, k, v, expert.finish(x, q, expert)
+
+
+PARTS = (
+    *("input_norm", "attention.qkv_proj", "attention.q_norm", "attention.k_norm", "attention.o_proj"),
+    *("post_norm", "mlp", "mlp.gate_up_proj", "mlp.down_proj"),
+)
+"""Everything in an expert that is called."""
+
+
+def test_the_parts_of_an_expert_are_all_there_are():
+    expert, _, _ = expert_and_input()
+    assert {name for name, _ in expert.named_modules()} == {"", "attention", *PARTS}
+
+
 @torch.no_grad()
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("tokens", [1, 5])
 def test_an_expert_with_kernels_computes_the_same(used, without, tokens, dtype):
     expert, x, rotary = expert_and_input(tokens, dtype)
-
-    def run():
-        q, k, v = expert.heads(x, rotary, expert)
-        return q, k, v, expert.finish(x, q, expert)
-
-    before, found = x.clone(), run()
+    before, found = x.clone(), run(expert, x, rotary)
     assert {"norm_rotate", "add_rms_norm"} < set(used)
     assert ("matrix_times_vector" if dtype == torch.bfloat16 and tokens == 1 else "add_product") in used
     assert torch.equal(x, before)
     without()
-    for a, b in zip(found, run(), strict=True):
+    for a, b in zip(found, run(expert, x, rotary), strict=True):
         assert_close(a, b, relative=1e-6 if dtype == torch.float32 else 2e-2)
 
 
 @torch.no_grad()
 def test_an_expert_of_8_bit_layers_with_kernels_computes_the_same(used, without):
     expert, x, rotary = expert_and_input()
-    float8.round_linears(expert)
-
-    def run():
-        q, k, v = expert.heads(x, rotary, expert)
-        return q, k, v, expert.finish(x, q, expert)
-
-    found = run()
+    quantize_linears(expert)
+    found = run(expert, x, rotary)
     assert set(used) == {"rms_norm_round", "norm_rotate", "round_rows", "add_rms_norm_round", "silu_mul_round"}
     without()
-    for a, b in zip(found, run(), strict=True):
+    for a, b in zip(found, run(expert, x, rotary), strict=True):
         assert_close(a, b, relative=1e-6)
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("rounds", [False, True])
-@pytest.mark.parametrize("name", ["post_norm", "mlp", "mlp.gate_up_proj", "mlp.down_proj", "attention.o_proj"])
-def test_hooks_see_what_they_would_see_without_kernels(used, without, name, rounds):
+@pytest.mark.parametrize("quantised", [False, True])
+@pytest.mark.parametrize("name", PARTS)
+def test_hooks_see_what_they_would_see_without_kernels(used, without, name, quantised):
     expert, x, rotary = expert_and_input()
-    if rounds:
-        float8.round_linears(expert)
-    attended = expert.heads(x, rotary, expert)[0]
+    if quantised:
+        quantize_linears(expert)
     kept = []
     expert.get_submodule(name).register_forward_hook(lambda module, given, result: kept.append((*given, result)))
-    out = expert.finish(x, attended, expert)
+    out = run(expert, x, rotary)
     without()
-    assert_close(out, expert.finish(x, attended, expert), relative=1e-6)
+    for a, b in zip(out, run(expert, x, rotary), strict=True):
+        assert_close(a, b, relative=1e-6)
     found, wanted = kept
     for a, b in zip(found, wanted, strict=True):
         assert_close(a, b, relative=1e-6)
@@ -201,10 +205,42 @@ def test_layers_that_somebody_changed_are_called(used, change):
 
 
 @torch.no_grad()
-def test_a_float32_stream_beside_bfloat16_layers_stays_float32(used):
+@pytest.mark.parametrize("quantised", [False, True])
+@pytest.mark.parametrize("name", PARTS)
+def test_whatever_stands_in_the_place_of_a_part_takes_effect(used, without, name, quantised):
+    expert, x, rotary = expert_and_input()
+    if quantised:
+        quantize_linears(expert)
+    plain = run(expert, x, rotary)
+    expert.set_submodule(name, Wrapped(expert.get_submodule(name)))
+    found = run(expert, x, rotary)
+    without()
+    for a, b in zip(found, run(expert, x, rotary), strict=True):
+        assert_close(a, b, relative=1e-6)
+    assert max((a - b).abs().max() for a, b in zip(found, plain, strict=True)) > 0.1
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("tokens", [1, 3])
+def test_a_float32_stream_beside_bfloat16_layers_stays_float32(used, tokens):
     linear = Linear(6, 4, bias=False).bfloat16()
-    gate_up, stream = torch.randn(1, 12, dtype=torch.bfloat16), torch.randn(1, 4)
-    assert linear.of_gated(gate_up, stream).dtype == torch.float32
+    gate_up, stream = torch.randn(tokens, 12, dtype=torch.bfloat16), torch.randn(tokens, 4)
+    before, found = stream.clone(), apply(linear, silu_mul(gate_up), add=stream)
+    assert found.dtype == torch.float32
+    assert torch.equal(stream, before), "nothing of another type is written into"
+
+
+class Shrunk(nn.Linear):
+    """A layer from elsewhere: it takes nothing but a tensor."""
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("tokens", [1, 3])
+def test_a_layer_from_elsewhere_is_called_with_a_tensor_and_added_to_beside(used, tokens):
+    linear, x, stream = Shrunk(6, 4), torch.randn(tokens, 6), torch.randn(tokens, 4)
+    before = stream.clone()
+    assert_close(apply(linear, x, add=stream), before + linear(x), relative=1e-6)
+    assert not used
 
 
 def group_norm_silu(x, weight, bias, *, groups, eps, plus=None):
@@ -220,14 +256,14 @@ def add_biased(x, y, bias):
 @pytest.mark.parametrize("out_channels", [32, 64])
 def test_a_residual_block_with_kernels_computes_the_same(monkeypatch, out_channels, watched):
     torch.manual_seed(0)
-    block, x, used, calls = blocks.ResidualBlock(32, out_channels).double(), torch.randn(2, 32, 5, 7).double(), [], []
+    block, x, used, calls = ResidualBlock(32, out_channels).double(), torch.randn(2, 32, 5, 7).double(), [], []
     for parameter in block.parameters():
         nn.init.normal_(parameter)
     wanted = block(x)
     if watched:
         block.get_submodule(watched).register_forward_hook(lambda *_: calls.append(watched))
     kernels = {"group_norm_silu": group_norm_silu, "add_biased": add_biased}
-    monkeypatch.setattr(blocks, "fused", lambda name, x: used.append(name) or kernels[name])
+    monkeypatch.setattr(choice, "find", lambda name, x, *, narrow: used.append((name, narrow)) or kernels[name])
     assert_close(block(x), wanted, relative=1e-9)
-    assert set(used) == set(kernels)
+    assert set(used) == {(name, True) for name in kernels}
     assert calls == ([watched] if watched else [])

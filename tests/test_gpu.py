@@ -13,19 +13,22 @@ import torch.nn.functional as F
 from conftest import REFERENCE, assert_close, golden_json, load_model
 from test_parity_pipeline import load_case
 
-import bagel.kernels
 from bagel import BAGEL_7B, BagelPipeline
-from bagel.answering import decode
-from bagel.attention import attend_appended, attention
-from bagel.contexts import Entry
 from bagel.demo import CHECKPOINT
-from bagel.drawing import plan_flow
+from bagel.generation import contexts as conversation
+from bagel.generation import read_all
+from bagel.generation.contexts import Utterance
+from bagel.generation.writing import Decoding
+from bagel.kernels import attend_appended, choice, doubled, group_norm_silu, silu_mul
+from bagel.modeling.attention import BACKENDS, Reference
 from bagel.modeling.float8 import Float8Linear
 from bagel.modeling.layers import Expert
+from bagel.modeling.linear import apply
 from bagel.modeling.rope import rotary_table
-from bagel.options import make_options
-from bagel.sampling import TextSampling, euler, next_tokens
-from bagel.vae.blocks import ResidualBlock, doubled, group_norm, norm_silu
+from bagel.options import THINK_GENERATE, DrawOptions, SessionOptions
+from bagel.parameters import options_of
+from bagel.sampling import Euler, TextSampling, flow_timesteps, integrate
+from bagel.vae.blocks import ResidualBlock, group_norm
 from benchmarks.weights import filled
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")]
@@ -44,14 +47,21 @@ def velocity_error(pipe: BagelPipeline, variant: str, name: str) -> float:
     """Relative error of the velocity over a case's evaluations, fed the float32 trajectory and posterior noise."""
     inputs, _, options, case, want = load_case(variant, name)
     noise = [value for key, value in sorted(want.items()) if key.startswith("posterior_noise")]
-    task = "edit" if noise else "text_to_image"
-    chosen = make_options(task, "image", options | {"posterior_noise": noise or None, "noise": want["init_noise0"]})
-    (job,) = pipe._prepared([inputs], [chosen], "image")
+    if options.get("think"):
+        options.setdefault("system_prompt", THINK_GENERATE)
+    own, drawn = (
+        {one.name: options[one.name] for one in options_of(kind) if one.name in options}
+        for kind in (SessionOptions, DrawOptions)
+    )
+    assert own.keys() | drawn.keys() == options.keys()
+    session = pipe.session(**own).read(*inputs, posterior_noise=noise or None)
     with torch.inference_mode():
-        if chosen.think:
-            pipe._prefill([job], [[Entry(pipe.parts.text(case["output_text"][0]), "plan")]])
-        velocity, _ = plan_flow(pipe.parts, [job])
-        found = [velocity([x.to(pipe.device)], index)[0] for index, x in enumerate(want["x_t"])]
+        if options.get("think"):
+            plan = Utterance(pipe.processor.text(case["output_text"][0]), "plan")
+            conversation.read_all(pipe.model, pipe.processor.pack, [(session.contexts, [plan])])
+        velocity = session.velocity(**drawn)
+        times = flow_timesteps(options["num_timesteps"], shift=options["timestep_shift"]).tolist()
+        found = [velocity(x, t) for x, t in zip(want["x_t"], times[:-1], strict=True)]
     difference = torch.stack(found).float().cpu() - want["v_t"]
     return (difference.norm() / want["v_t"].norm()).item()
 
@@ -84,9 +94,9 @@ def test_backends_agree_with_the_exact_reference(backend, causal, dtype):
         torch.randn(tokens, heads, 128, device="cuda", dtype=dtype, generator=generator)
         for tokens, heads in ((190, 28), (517, 4), (517, 4))
     )
-    exact = attention(q, k, v, causal=causal, backend="reference")
+    exact = Reference()(q, k, v, causal=causal)
     unit = torch.finfo(dtype).eps
-    assert_close(attention(q, k, v, causal=causal, backend=backend), exact, relative=2 * unit)
+    assert_close(BACKENDS[backend]()(q, k, v, causal=causal), exact, relative=2 * unit)
 
 
 @pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")  # torch's own compiler uses what it deprecates
@@ -98,7 +108,7 @@ def test_what_is_compiled_uses_the_same_kernels(float8):
     draw = lambda: pipe.text_to_image("a red star", num_timesteps=6, seed=3, progress=False).latents  # noqa: E731
     wanted = draw()
     pipe.compile()
-    assert bagel.kernels._operators is not None
+    assert choice._operators is not None
     assert_close(draw(), wanted, relative=SEVERAL_ROUNDINGS[torch.bfloat16])
 
 
@@ -118,34 +128,32 @@ def no_waiting() -> Iterator[None]:
         torch.cuda.set_sync_debug_mode("default")
 
 
-@torch.inference_mode()
 @pytest.mark.parametrize("given", [{}, {"taylorseer": True}, {"cfg_renorm_type": "channel"}])
 def test_drawing_never_waits_for_the_gpu(bf16_pipeline, given):
-    options = make_options("text_to_image", "image", {"height": 64, "width": 64, "num_timesteps": 12, **given})
-    (job,) = bf16_pipeline._prepared([["a red circle"]], [options], "image")
-    tokens = bf16_pipeline.parts.latent_cells(64, 64).shape[0]
-    noise = torch.randn(tokens, bf16_pipeline.parts.model.config.patch_latent_dim, device="cuda")
+    session = bf16_pipeline.session(seed=1).read("a red circle")
+    noise = session.velocity(height=64, width=64).noise()
     drawn = []
     for wait in (nullcontext, no_waiting):  # the first time what is made once may wait
-        velocity, timesteps = plan_flow(bf16_pipeline.parts, [job])
-        with wait():
-            drawn += euler(velocity, [noise], timesteps)
+        velocity = session.velocity(height=64, width=64, num_timesteps=12, **given)
+        with wait(), torch.inference_mode():
+            drawn.append(integrate(Euler(), velocity, noise, flow_timesteps(12, shift=3.0)))
+        del velocity  # beside it another would stand in another place of the cache, and its keys in another order
     assert torch.equal(*drawn)
     assert not torch.equal(drawn[0], noise)
 
 
 @torch.inference_mode()
-def test_graphs_of_small_pictures_change_no_number_and_take_no_more_memory_each_time(bf16_pipeline):
+def test_graphs_of_small_images_change_no_number_and_take_no_more_memory_each_time(bf16_pipeline):
     given = {"height": 64, "width": 64, "num_timesteps": 12, "seed": 1, "progress": False}
     draw = lambda: bf16_pipeline.text_to_image("a red circle", **given).latents  # noqa: E731
     found, reserved = [], []
     for _ in range(4):
         found.append(draw())
         reserved.append(torch.cuda.memory_reserved())
-    assert vars(bf16_pipeline.parts.graph_memory.own)["of_gpu"]
+    assert vars(bf16_pipeline.model.graphs.memory.own)["of_gpu"]
     assert reserved[1:] == reserved[1:2] * 3
     calls = []
-    hook = bf16_pipeline.parts.model.decoder.layers[0].register_forward_hook(lambda *_: calls.append(1))
+    hook = bf16_pipeline.model.decoder.layers[0].register_forward_hook(lambda *_: calls.append(1))
     found.append(draw())
     hook.remove()
     assert len(calls) > 11, "a hook sees every evaluation"
@@ -159,31 +167,35 @@ def float32_pipeline() -> BagelPipeline:
 
 def prefilled(pipe: BagelPipeline, texts: list[str]):
     """Contexts that hold a text each."""
-    options = make_options("understand", "text", {})
-    jobs = pipe._prepared([[text] for text in texts], [options] * len(texts), "text")
-    return [job.contexts.full for job in jobs]
+    sessions = [pipe.session() for _ in texts]
+    read_all(sessions, [[text] for text in texts])
+    return [session.contexts.full for session in sessions]
+
+
+def seeded(*seeds: int) -> list[torch.Generator]:
+    return [torch.Generator().manual_seed(seed) for seed in seeds]
 
 
 @torch.inference_mode()
 @pytest.mark.parametrize("sampling", [TextSampling(), TextSampling(do_sample=True, temperature=0.7, top_p=0.9)])
 def test_a_graph_decodes_the_tokens_of_the_eager_path_and_neither_waits(float32_pipeline, sampling):
-    parts, seeds = float32_pipeline.parts, (1, 2)
+    model, tokenizer = float32_pipeline.model, float32_pipeline.tokenizer
     contexts = prefilled(float32_pipeline, ["a red circle", "and a longer text"])
-    generators = [torch.Generator().manual_seed(seed) for seed in seeds]
-    wanted = list(decode(parts, contexts, generators, sampling=sampling, max_new_tokens=12))[-1]
-    step = parts.decode_steps.kept
+    decoding = Decoding(model, tokenizer, contexts, seeded(1, 2), chooser=sampling, limit=12)
+    wanted = list(decoding.rounds())[-1]
+    step = model.graphs.decode_step
     assert step is not None
     assert step.graph is not None
     step.begin(contexts)
     forks = [context.fork() for context in contexts]
-    eager = lambda ids: parts.model.decode(ids, forks)  # noqa: E731
+    eager = lambda ids: model.decode(ids, forks)  # noqa: E731
     for forward in (step, eager):
-        generators = [torch.Generator().manual_seed(seed) for seed in seeds]
-        ids, rows = torch.full((2,), parts.tokenizer.bos_id, device="cuda"), []
+        generators = seeded(1, 2)
+        ids, rows = torch.full((2,), tokenizer.bos_id, device="cuda"), []
         for wait in (nullcontext, no_waiting):
             with wait():
                 for _ in range(6):
-                    ids = next_tokens(forward(ids), sampling, generators)
+                    ids = sampling(forward(ids), generators)
                     rows.append(ids)
         for answer, column in zip(wanted, torch.stack(rows).T.tolist(), strict=True):
             assert answer.ids
@@ -192,23 +204,51 @@ def test_a_graph_decodes_the_tokens_of_the_eager_path_and_neither_waits(float32_
 
 @torch.inference_mode()
 def test_a_graph_serves_other_texts_and_is_made_again_for_other_weights(float32_pipeline):
-    parts = float32_pipeline.parts
+    model = float32_pipeline.model
     texts = ["a red circle", "a blue square", "and a much longer text than either of these two"]
 
     def written(text: str) -> list[int]:
         contexts = prefilled(float32_pipeline, [text])
-        return list(decode(parts, contexts, [torch.Generator()], sampling=TextSampling(), max_new_tokens=12))[-1][0].ids
+        decoding = Decoding(
+            model, float32_pipeline.tokenizer, contexts, [torch.Generator()], chooser=TextSampling(), limit=12
+        )
+        return list(decoding.rounds())[-1][0].ids
 
     alone = []
     for text in texts:
-        parts.decode_steps.kept = None
+        model.graphs.decode_step = None
         alone.append(written(text))
     assert [written(text) for text in texts] == alone
-    step = parts.decode_steps.kept
-    weight = parts.model.decoder.norm.weight
+    step = model.graphs.decode_step
+    weight = model.decoder.norm.weight
     weight.data = weight.data.clone()
     assert written(texts[0]) == alone[0]
-    assert parts.decode_steps.kept is not step
+    assert model.graphs.decode_step is not step
+
+
+class Halved(torch.nn.Module):
+    """A layer that somebody has wrapped."""
+
+    def __init__(self, inner: torch.nn.Module) -> None:
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, x):
+        return self.inner(x) / 2
+
+
+def test_a_wrapped_layer_takes_effect_where_graphs_were_made_before():
+    pipe = BagelPipeline.from_pretrained(REFERENCE / "tiny" / "checkpoint", device="cuda", dtype=torch.bfloat16)
+    given = {"height": 64, "width": 64, "num_timesteps": 12, "seed": 1, "progress": False}
+    draw = lambda: pipe.text_to_image("a red circle", **given).latents  # noqa: E731
+    write = lambda: pipe.understand([], "a red circle", max_new_tokens=12, logprobs=True).logprobs  # noqa: E731
+    before = write(), draw()
+    layer = pipe.model.decoder.layers[0]
+    for expert in (layer.und, layer.gen):
+        expert.mlp.down_proj = Halved(expert.mlp.down_proj)
+    after = write(), draw()
+    assert before[0] != after[0]
+    assert not torch.equal(before[1], after[1])
 
 
 # One kernel for several operations ------------------------------------------------------------------------------------
@@ -218,7 +258,7 @@ def plain(monkeypatch, compute):
     """What `compute` returns with kernels, and without."""
     with torch.no_grad():
         found = compute()
-        monkeypatch.setattr(bagel.kernels, "_kernels", lambda gpu: None)
+        monkeypatch.setattr(choice, "_kernels", lambda gpu: None)
         return found, compute()
 
 
@@ -234,7 +274,7 @@ SEVERAL_ROUNDINGS = {torch.float32: 1e-6, torch.bfloat16: 1e-2}
 @pytest.mark.parametrize("tokens", [1, 37])
 @pytest.mark.parametrize("name", ["tiny", "variant_moe", "7b"])
 def test_kernels_of_the_experts_are_their_plain_operations(monkeypatch, name, tokens, dtype):
-    config = BAGEL_7B.llm_config if name == "7b" else load_model(name).model.config.llm_config
+    config = BAGEL_7B.llm_config if name == "7b" else load_model(name).config.llm_config
     with torch.device("meta"):
         expert = Expert(config).to(dtype)
     filled(expert, torch.device("cuda"))
@@ -254,10 +294,10 @@ def test_the_kernel_of_the_autoencoders_norm_is_exact(size, mean, spread):
     norm = filled(group_norm(96), torch.device("cuda")).to(torch.bfloat16)
     x = (mean + spread * drawn(2, 96, *size)).to(torch.bfloat16)
     exact = F.silu(copy.deepcopy(norm).double()(x.double()))
-    assert_close(norm_silu(norm, x), exact, relative=SEVERAL_ROUNDINGS[torch.bfloat16])
+    assert_close(group_norm_silu(norm, x), exact, relative=SEVERAL_ROUNDINGS[torch.bfloat16])
     bias = drawn(96, dtype=torch.bfloat16)
     exact = F.silu(norm.double()(x.double() + bias.double()[:, None, None]))
-    assert_close(norm_silu(norm.to(torch.bfloat16), x, bias), exact, relative=SEVERAL_ROUNDINGS[torch.bfloat16])
+    assert_close(group_norm_silu(norm.to(torch.bfloat16), x, bias), exact, relative=SEVERAL_ROUNDINGS[torch.bfloat16])
 
 
 def test_a_residual_block_with_kernels_is_the_plain_one(monkeypatch):
@@ -266,7 +306,7 @@ def test_a_residual_block_with_kernels_is_the_plain_one(monkeypatch):
     assert_close(*plain(monkeypatch, lambda: block(x)), relative=SEVERAL_ROUNDINGS[torch.bfloat16])
 
 
-def test_a_doubled_picture_is_the_plain_one(monkeypatch):
+def test_a_doubled_image_is_the_plain_one(monkeypatch):
     x = drawn(2, 24, 5, 9, dtype=torch.bfloat16).contiguous(memory_format=torch.channels_last)
     assert torch.equal(*plain(monkeypatch, lambda: doubled(x)))
 
@@ -297,7 +337,11 @@ def test_kernels_of_8_bit_layers_are_their_plain_operations(monkeypatch, tokens)
     x = drawn(tokens, 2048, dtype=torch.bfloat16)
     layer, gate_up = Float8Linear(linear), drawn(tokens, 4096, dtype=torch.bfloat16)
     plus = 0.1 * drawn(tokens, 272, dtype=torch.bfloat16)
-    found, wanted = plain(monkeypatch, lambda: (layer(x), layer.of_gated(gate_up, plus)))
+
+    def products():
+        return layer(x), apply(layer, silu_mul(gate_up, rounding=layer.takes), add=plus.clone())
+
+    found, wanted = plain(monkeypatch, products)
     # A single token is not rounded by the kernel: what 8 bits lose is the difference, 3.9e-2.
     assert_close(found[0], wanted[0], relative=6e-2 if tokens == 1 else SEVERAL_ROUNDINGS[torch.bfloat16])
     # A product that another rounding moved to the next of the 8-bit floats moves by 2**-3 at most: 1.9e-2 in the sums.

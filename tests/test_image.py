@@ -1,4 +1,4 @@
-"""Pictures: the reference numbers, laws of sizes, patches and positions, and pictures that are odd."""
+"""Images: the reference numbers, laws of sizes, patches and positions, and images that are odd."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def rules(variant: str) -> dict[str, ImageTransform]:
     }
 
 
-def golden_picture(variant: str, name: str) -> Image.Image:
+def golden_image(variant: str, name: str) -> Image.Image:
     return open_image(REFERENCE / variant / "golden" / f"input_{name}.png")
 
 
@@ -51,7 +51,7 @@ def levels(image: Image.Image) -> torch.Tensor:
 
 
 def colours(width: int = 7, height: int = 5) -> Image.Image:
-    """A picture in which every pixel differs."""
+    """An image in which every pixel differs."""
     y, x = np.mgrid[:height, :width]
     return Image.fromarray(np.stack([10 * x, 20 * y, 100 + x * y], axis=-1).astype(np.uint8))
 
@@ -70,19 +70,19 @@ def test_resized_size_gives_the_reference_sizes(variant):
 
 @pytest.mark.parametrize("name", NAMES)
 def test_open_image_gives_the_reference_rgb(variant, name):
-    assert torch.equal(levels(golden_picture(variant, name)), golden(variant, "preprocess")[f"{name}.rgb_uint8"])
+    assert torch.equal(levels(golden_image(variant, name)), golden(variant, "preprocess")[f"{name}.rgb_uint8"])
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_resize_gives_the_reference_levels(variant, name):
-    resized = resize(golden_picture(variant, name), rules(variant)["vae_rule"])
+    resized = resize(golden_image(variant, name), rules(variant)["vae_rule"])
     assert torch.equal(levels(resized), golden(variant, "preprocess")[f"{name}.vae_resized_uint8"])
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_prepare_input_gives_the_reference_numbers(variant, name):
     wanted = golden(variant, "preprocess")
-    prepared = prepare_input(golden_picture(variant, name), patch_size=14, **rules(variant))
+    prepared = prepare_input(golden_image(variant, name), patch_size=14, **rules(variant))
     torch.testing.assert_close(in_unit(prepared.vae_levels), wanted[f"{name}.vae_pixels"], rtol=0, atol=0)
     patches = patchify(wanted[f"{name}.vit_pixels"], 14)
     torch.testing.assert_close(in_unit(prepared.vit_patches), patches, rtol=0, atol=0)
@@ -105,8 +105,8 @@ def test_patch_positions_give_the_reference_ids(variant):
     assert torch.equal(vit, wanted["vit.position_ids"])
 
 
-def test_prepare_input_once_applies_each_rule_to_the_picture_itself():
-    image = golden_picture("tiny", "portrait")
+def test_prepare_input_once_applies_each_rule_to_the_image_itself():
+    image = golden_image("tiny", "portrait")
     vae_rule, vit_rule = rules("tiny")["vae_rule"], rules("tiny")["vit_rule"]
     prepared = prepare_input(image, patch_size=14, once=True, vae_rule=vae_rule, vit_rule=vit_rule)
     assert torch.equal(prepared.vae_levels, to_levels(resize(image, vae_rule)))
@@ -131,7 +131,7 @@ def test_resized_size_is_a_multiple_of_the_stride_within_the_maximum(width, heig
 @pytest.mark.parametrize(
     ("size", "wanted"), [((1, 1), (512, 512)), ((2500, 100), (1024, 48)), ((100, 2500), (48, 1024))]
 )
-def test_resized_size_of_tiny_and_long_pictures(size, wanted):
+def test_resized_size_of_tiny_and_long_images(size, wanted):
     assert resized_size(*size, VAE_RULE) == wanted
 
 
@@ -139,12 +139,12 @@ def test_resized_size_limits_the_area_linearly():
     assert resized_size(640, 320, ImageTransform(1024, 64, 16, max_pixels=102_400)) == (320, 160)
 
 
-def test_resized_size_refuses_empty_pictures():
+def test_resized_size_refuses_empty_images():
     with pytest.raises(ValueError, match="at least 1x1 pixels, got 5x0"):
         resized_size(5, 0, VAE_RULE)
 
 
-def test_resize_keeps_a_picture_that_fits():
+def test_resize_keeps_an_image_that_fits():
     image = colours(64, 32)
     assert resize(image, ImageTransform(64, 32, 16)) is image
 
@@ -254,7 +254,7 @@ def test_positions_of_an_empty_grid_are_an_error():
         patch_positions(0, 3, 70, interpolate=True)
 
 
-# Odd pictures ---------------------------------------------------------------------------------------------------------
+# Odd images -----------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -265,7 +265,7 @@ def test_any_mode_becomes_rgb(mode):
     assert (image.mode, image.size) == ("RGB", (3, 2))
 
 
-def test_open_image_leaves_the_given_picture_alone():
+def test_open_image_leaves_the_given_image_alone():
     image = colours()
     image.info["comment"] = "kept"
     opened = open_image(image)
@@ -363,7 +363,7 @@ def test_broken_exif_means_no_rotation():
 
 
 @pytest.mark.parametrize("size", [(1, 1), (25, 1), (1, 25)])
-def test_tiny_and_long_pictures_are_prepared(size):
+def test_tiny_and_long_images_are_prepared(size):
     image = open_image(Image.new("RGB", size, (255, 0, 0)))
     prepared = prepare_input(image, patch_size=14, **rules("tiny"))
     rows, cols = prepared.vit_grid

@@ -19,7 +19,7 @@ SCENE = Scene((RED, BLUE), "white")
 
 
 def worn(image: Image.Image, noise: np.random.Generator, *, sigma: float = 6.0, blur: float = 0.6) -> Image.Image:
-    """What an autoencoder of about 32 dB may leave of a picture."""
+    """What an autoencoder of about 32 dB may leave of an image."""
     pixels = np.asarray(image.filter(ImageFilter.GaussianBlur(blur)), dtype=np.float64)
     return Image.fromarray(np.clip(pixels + noise.normal(0, sigma, pixels.shape), 0, 255).astype(np.uint8))
 
@@ -35,12 +35,12 @@ def share_right(count: int, side: int, *, is_worn: bool) -> float:
 
 
 @pytest.mark.parametrize("side", [64, 96])
-def test_judge_reads_clean_pictures_without_a_mistake(side):
+def test_judge_reads_clean_images_without_a_mistake(side):
     assert share_right(240, side, is_worn=False) == 1
 
 
 @pytest.mark.parametrize("side", [64, 96])
-def test_judge_reads_worn_pictures_almost_always_right(side):
+def test_judge_reads_worn_images_almost_always_right(side):
     assert share_right(500, side, is_worn=True) >= 0.995
 
 
@@ -107,8 +107,8 @@ def test_judge_refuses_an_unknown_attribute():
         judge(render(SCENE), SCENE, attributes=("texture",))
 
 
-def test_judge_refuses_a_picture_that_is_not_square():
-    with pytest.raises(ValueError, match="square pictures, got 64x48"):
+def test_judge_refuses_an_image_that_is_not_square():
+    with pytest.raises(ValueError, match="square images, got 64x48"):
         judge(Image.new("RGB", (64, 48)), SCENE)
 
 
@@ -133,7 +133,7 @@ def test_judge_denies_a_color_outside_the_palette():
 
 
 @pytest.mark.parametrize("task", ["t2i1", "t2i2", "t2i3", "edit", "think"])
-def test_judge_agrees_with_the_pictures_of_samples(task):
+def test_judge_agrees_with_the_images_of_samples(task):
     rng = random.Random(0)
     for _ in range(30):
         example = sample(rng, task, "held_out")
@@ -148,7 +148,7 @@ def test_shape_center_follows_a_motion_within_a_quarter_of_a_pixel():
         np.testing.assert_allclose(found, 96 * np.array(motion.centers()), atol=0.25)
 
 
-def test_shape_center_of_an_empty_picture_is_none():
+def test_shape_center_of_an_empty_image_is_none():
     assert shape_center(render(Scene((), "white"))) is None
 
 

@@ -7,22 +7,29 @@ import torch
 from conftest import assert_close
 from small_model import (
     DENSE,
-    IMAGE_TOKENS,
     MOE,
     MOT,
+    NOISE,
+    assert_same,
+    denoiser,
+    filled,
+    held,
     in_order,
     latents,
     new_model,
     packed_of,
+    packs,
     randomise,
     small_model,
     text,
     vit,
 )
-from torch import Tensor
+from torch import Tensor, nn
 
-from bagel.modeling import AttentionPlan, Bagel, Branch, Context, Denoiser, MissingHalfError, Sequence, Streams
-from bagel.packing import Text
+from bagel.modeling import Bagel, Branch, Context, Denoiser, MissingHalfError, Streams
+from bagel.modeling.attention import Seen
+from bagel.modeling.cache import claim_all
+from bagel.packing import Frames, Text
 
 SEGMENTS = (text(5, seed=1), latents(3, seed=2), vit(4, seed=3), text(2, seed=4))
 
@@ -32,43 +39,36 @@ def model(request) -> Bagel:
     return small_model(request.param)
 
 
-def filled(model: Bagel, *segments, **options) -> tuple[Context, Tensor]:
-    """A context that read segments one at a time, and all hidden states in sequence order."""
-    context, hidden = model.new_context(**options), [torch.empty(0, 48)]
-    for segment in segments:
-        packed = packed_of([segment], starts=[context.position])
-        hidden.append(in_order(packed, model.prefill(packed, [context])))
-    return context, torch.cat(hidden)
-
-
-def held(context: Context) -> tuple[Tensor, Tensor, int, int]:
-    """A copy of all that a context holds."""
-    own = slice(context.cache.headroom, context.cache.headroom + context.length)
-    cache = context.cache
-    return cache.keys[:, own].clone(), cache.values[:, own].clone(), context.length, context.position
-
-
-def assert_same(one: tuple, other: tuple) -> None:
-    assert all(torch.equal(a, b) if isinstance(a, Tensor) else a == b for a, b in zip(one, other, strict=True))
-
-
 def test_reading_leaves_what_prefill_leaves(model):
     wanted, _ = filled(model, *SEGMENTS)
     context = model.new_context()
     for segment in SEGMENTS:
-        model.read(packed_of([segment], starts=[context.position]), [context])
+        model.prefill(packed_of([segment], starts=[context.position]), [context], only_keys=True)
     assert_same(held(context), held(wanted))
+
+
+def test_reading_calls_every_layer_and_nothing_that_only_the_last_states_need(model):
+    called, last = [], model.decoder.layers[-1]
+    handles = [layer.register_forward_hook(lambda *_: called.append("layer")) for layer in model.decoder.layers]
+    for part in (last.und.attention.o_proj, last.und.mlp):
+        handles.append(part.register_forward_hook(lambda *_: called.append("unneeded")))
+    try:
+        model.prefill(packed_of([text(3)]), [model.new_context()], only_keys=True)
+    finally:
+        for handle in handles:
+            handle.remove()
+    assert called == ["layer"] * len(model.decoder.layers)
 
 
 # One forward serves all -----------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("before", [(), SEGMENTS], ids=["alone", "after_pictures"])
+@pytest.mark.parametrize("before", [(), SEGMENTS], ids=["alone", "after_images"])
 def test_prefill_then_decode_is_one_pass(model, before):
     ids = text(9, seed=5).ids
     context, _ = filled(model, *before)
     packed = packed_of([Text(ids)], starts=[context.position])
-    whole = model.decoder.logits(model(packed, [context.fork()]).und)  # (9, vocab)
+    whole = model.decoder.logits(model.prefill(packed, [context.fork()]).und)  # (9, vocab)
     length, position = context.length, context.position
     first = packed_of([Text(ids[:4])], starts=[position])
     assert_close(model.decoder.logits(model.prefill(first, [context]).und), whole[:4])
@@ -127,11 +127,19 @@ def test_a_noisy_image_changes_nothing_that_follows_it(model):
 
 def run(model: Bagel, x: Tensor, num_und: int) -> Tensor:
     """The decoder on x (T, H), fully attending, the first `num_und` tokens by und and the rest by gen."""
+
+    def attend(layer, und, gen):
+        gathered = model.attention(*(torch.cat(both) for both in zip(und, gen, strict=True)), layer=layer)
+        return Seen(gathered[:num_und], gathered[num_und:])
+
     positions = torch.arange(x.shape[0])
-    rotary = model.decoder.rotary(positions[:num_und]), model.decoder.rotary(positions[num_und:])
-    plan = AttentionPlan([Sequence(slice(0, num_und), slice(0, x.shape[0] - num_und))])
-    hidden = model.decoder(Streams(x[:num_und], x[num_und:]), rotary, plan)
-    return torch.cat([model.decoder.norm(hidden.und), model.decoder.norm_of_gen(hidden.gen)])
+    rotary = model.decoder.rotary(positions[:num_und], positions[num_und:])
+    hidden = model.decoder(Streams(x[:num_und], x[num_und:]), rotary, attend)
+    return torch.cat([model.decoder.norm(hidden.und), norm_of_gen(model)(hidden.gen)])
+
+
+def norm_of_gen(model: Bagel) -> nn.Module:
+    return model.decoder.norm_gen or model.decoder.norm
 
 
 @pytest.mark.parametrize("module", [MOT, MOE])
@@ -180,81 +188,60 @@ def test_und_weights_change_no_bit_of_latents_alone():
     assert torch.equal(run(model, x, 0), run(other, x, 0))
 
 
-# Contexts and the cache -----------------------------------------------------------------------------------------------
-
-TIMES = torch.tensor([1.0, 0.75, 0.3])
-
-
-def denoiser(model: Bagel, *branches: Branch) -> Denoiser:
-    cells = [latents(3, seed=20).position_ids, latents(5, seed=21).position_ids]
-    return Denoiser(model, branches, position_ids=cells, timesteps=TIMES, image_tokens=IMAGE_TOKENS)
-
-
-NOISE = [latents(3, seed=20).latents, latents(5, seed=21).latents]
+# Evaluations of noisy images ------------------------------------------------------------------------------------------
 
 
 def test_denoising_is_a_packed_pass_of_a_noisy_image(model):
     context, _ = filled(model, *SEGMENTS)
     packed = packed_of([latents(5, seed=21, timestep=0.75, noisy=True)], starts=[context.position])
-    wanted = model(packed, [context.fork()]).gen
-    (found,) = denoiser(model, Branch(1, context)).hidden(NOISE, 1, (0,))
+    wanted = model(packed, claim_all([context], [7], keeps=False)).gen
+    (found,) = denoiser(model, Branch(1, context)).states(NOISE, 0.75, (0,))
     assert_close(found, wanted)
-    assert_close(model.velocity(found), model.llm2vae(model.decoder.norm_of_gen(wanted)))
+    assert_close(model.velocity(found), model.llm2vae(norm_of_gen(model)(wanted)))
 
 
-def test_denoising_leaves_the_contexts_unchanged(model):
-    full, _ = filled(model, *SEGMENTS, capacity=1)
-    prefix = Context(full.cache, length=5, position=5)
-    other, _ = filled(model, text(3))
-    work = denoiser(model, Branch(1, full), Branch(1, prefix, "headroom"), Branch(0, other))
-    before = [held(context) for context in (full, prefix, other)]
-    for step in range(3):
-        work.hidden(NOISE, step, (0, 1, 2) if step else (0, 2))
-    for context, old in zip((full, prefix, other), before, strict=True):
-        assert_same(held(context), old)
+def test_a_time_that_was_not_announced_gives_the_same(model):
+    found = []
+    for times in ((0.75,), ()):
+        work = denoiser(model, Branch(1, filled(model, *SEGMENTS)[0]), times=times)
+        found.append(work.states(NOISE, 0.75, (0,)))
+    assert_same(*found)
+
+
+def test_frames_are_denoised_as_a_group_that_sees_itself(model):
+    noisy = [latents(count, seed=count, timestep=0.4, noisy=True) for count in (3, 4)]
+    frames = Frames(tuple(noisy), (2,))
+    context, _ = filled(model, text(5))
+    packed = packed_of([frames], starts=[context.position])
+    wanted = model(packed, claim_all([context], [frames.length], keeps=False)).gen
+    x = torch.cat([image.latents for image in noisy])
+    work = Denoiser(model, [frames], [Branch(0, context)], pack=packs)
+    (found,) = work.states(x, 0.4, (0,))
+    assert_close(found, wanted)
+    (alone,) = Denoiser(model, noisy[:1], [Branch(0, context)], pack=packs).states(x[:3], 0.4, (0,))
+    assert (found[:3] - alone).abs().max() > 0.01, "the first frame sees the second"
+
+
+def test_branches_of_several_images_are_one_by_one_whichever_are_active(model):
+    contexts = [filled(model, *SEGMENTS)[0], filled(model, text(3))[0], filled(model)[0]]
+    branches = [Branch(0, contexts[0]), Branch(1, contexts[1]), Branch(1, contexts[2])]
+    work = denoiser(model, *branches)
+    alone = [denoiser(model, branch).states(NOISE, 0.3, (0,))[0] for branch in branches]
+    for active in ((0, 1, 2), (2, 0), (1,)):
+        for index, state in zip(active, work.states(NOISE, 0.3, active), strict=True):
+            assert_close(state, alone[index])
 
 
 def test_a_branch_on_a_prefix_is_the_branch_on_a_context_of_that_prefix_alone(model):
     full, _ = filled(model, *SEGMENTS)
     fresh, _ = filled(model, *SEGMENTS[:2])
-    prefix = Context(full.cache, fresh.length, fresh.position)
-    together = denoiser(model, Branch(1, full), Branch(1, prefix, "headroom")).hidden(NOISE, 1, (0, 1))
-    assert_close(together[1], denoiser(model, Branch(1, fresh)).hidden(NOISE, 1, (0,))[0])
-    assert_close(together[0], denoiser(model, Branch(1, filled(model, *SEGMENTS)[0])).hidden(NOISE, 1, (0,))[0])
+    prefix = Context(full.cache, length=fresh.length, position=fresh.position)
+    together = denoiser(model, Branch(1, full), Branch(1, prefix)).states(NOISE, 0.75, (0, 1))
+    assert_close(together[1], denoiser(model, Branch(1, fresh)).states(NOISE, 0.75, (0,))[0])
+    assert_close(together[0], denoiser(model, Branch(1, filled(model, *SEGMENTS)[0])).states(NOISE, 0.75, (0,))[0])
 
 
-def test_branches_of_several_pictures_are_one_by_one_whichever_are_active(model):
-    contexts = [filled(model, *SEGMENTS)[0], filled(model, text(3))[0], filled(model)[0]]
-    branches = [Branch(0, contexts[0]), Branch(1, contexts[1]), Branch(1, contexts[2])]
-    work = denoiser(model, *branches)
-    alone = [denoiser(model, branch).hidden(NOISE, 2, (0,))[0] for branch in branches]
-    for active in ((0, 1, 2), (2, 0), (1,)):
-        for index, state in zip(active, work.hidden(NOISE, 2, active), strict=True):
-            assert_close(state, alone[index])
-
-
-def test_cache_growth_changes_no_bit_and_nothing_unwritten_is_read(model):
-    results = []
-    for capacity in (1, 64):
-        context = model.new_context(capacity=capacity)
-        context.cache.keys.fill_(float("nan"))
-        context.cache.values.fill_(float("nan"))
-        for segment in SEGMENTS:
-            model.prefill(packed_of([segment], starts=[context.position]), [context])
-        logits = model.decode(torch.tensor([7]), [context])
-        results.append((*held(context), logits, *denoiser(model, Branch(0, context)).hidden(NOISE, 0, (0,))))
-    assert torch.isfinite(results[0][4]).all()
-    assert_same(*results)
-
-
-def test_extending_a_fork_leaves_the_context_as_it_is(model):
-    context, _ = filled(model, *SEGMENTS)
-    old, wanted = held(context), model.decode(torch.tensor([9]), [filled(model, *SEGMENTS)[0]])
-    fork = context.fork()
-    for token in (1, 2, 3):
-        model.decode(torch.tensor([token]), [fork])
-    assert_same(held(context), old)
-    assert torch.equal(model.decode(torch.tensor([9]), [context]), wanted)
+# Halves ---------------------------------------------------------------------------------------------------------------
 
 
 def test_a_model_without_a_half_says_what_it_cannot_do():

@@ -1,4 +1,4 @@
-"""Parts of the model: the und path against transformers, norms, rotary and sin-cos tables, float16, the cache."""
+"""Parts of the model: the und path against transformers, norms, rotary and sin-cos tables, float16."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import assert_close
-from small_model import IMAGE_TOKENS, latents, new_model, packed_of, small_config, text, vit
+from small_model import latents, new_model, packed_of, packs, small_config, text, vit
 from torch import Tensor
 
-from bagel.modeling import Bagel, Branch, Context, Denoiser, KVCache
+from bagel.modeling import Bagel, Branch, Denoiser
 from bagel.modeling.embeddings import PositionTable, sincos_table, timestep_features
 from bagel.modeling.layers import MLP, RMSNorm
 from bagel.modeling.rope import rotary_table, rotate
@@ -205,51 +205,7 @@ def test_half_types_prefill_decode_and_denoise_to_float32_results(dtype):
     model.prefill(packed_of([text(3)]), [context])
     assert context.cache.keys.dtype == dtype
     assert model.decode(torch.tensor([5]), [context]).dtype == torch.float32
-    picture = latents(4)
-    work = Denoiser(
-        model,
-        [Branch(0, context)],
-        position_ids=[picture.position_ids],
-        timesteps=torch.tensor([1.0]),
-        image_tokens=IMAGE_TOKENS,
-    )
-    velocity = work.velocity(work.hidden([picture.latents], 0, (0,))[0])
+    image = latents(4, noisy=True)
+    work = Denoiser(model, [image], [Branch(0, context)], pack=packs, times=[1.0])
+    velocity = model.velocity(work.states(image.latents, 1.0, (0,))[0])
     assert (velocity.dtype, velocity.shape) == (torch.float32, (4, 20))
-
-
-# The cache ------------------------------------------------------------------------------------------------------------
-
-
-def numbered(*numbers: int) -> Tensor:
-    """Keys (n, 2, 8) of small_config's decoder, all of a token the same number."""
-    return torch.tensor(numbers, dtype=torch.float32)[:, None, None].expand(-1, 2, 8)
-
-
-def test_cache_lays_out_headroom_context_and_tail():
-    cache = KVCache(small_config().llm_config, device="cpu", dtype=torch.float32, capacity=3, headroom=2)
-    context = Context(cache)
-    context.extended(1, [numbered(1), numbered(2)], [numbered(-1), numbered(-2)], "tail")
-    context.length = 2
-    keys, values = context.extended(1, [numbered(3)], [numbered(-3)], "tail")
-    assert keys[:, 0, 0].tolist() == [1, 2, 3]
-    assert values[:, 1, 7].tolist() == [-1, -2, -3]
-    prefix = Context(cache, length=1)
-    keys, values = prefix.extended(1, [numbered(8), numbered(9)], [numbered(-8), numbered(-9)], "headroom")
-    assert keys[:, 0, 0].tolist() == [8, 9, 1]
-    assert values[:, 0, 0].tolist() == [-8, -9, -1]
-    assert cache.keys[1, :, 0, 0].tolist() == [8, 9, 1, 2, 3]
-
-
-@pytest.mark.parametrize(
-    ("reserve", "capacity", "headroom"),
-    [({"tokens": 3}, 3, 1), ({"tokens": 4}, 6, 1), ({"tokens": 9}, 9, 1), ({"headroom": 5}, 3, 5)],
-)
-def test_reserving_keeps_what_is_held_and_at_least_doubles(reserve, capacity, headroom):
-    cache = KVCache(small_config().llm_config, device="cpu", dtype=torch.float32, capacity=3, headroom=1)
-    context = Context(cache)
-    context.extended(2, [numbered(1, 2, 3)], [numbered(4, 5, 6)], "tail")
-    cache.reserve(**reserve)
-    assert (cache.capacity, cache.headroom) == (capacity, headroom)
-    held = slice(cache.headroom, cache.headroom + 3)
-    assert cache.keys[2, held, 1, 0].tolist() == [1, 2, 3]
-    assert cache.values[2, held, 1, 0].tolist() == [4, 5, 6]

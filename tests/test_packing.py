@@ -6,8 +6,9 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.utils._pytree import tree_flatten, tree_unflatten, treespec_dumps, treespec_loads
 
-from bagel.packing import IGNORE, DroppedImage, Frames, LatentImage, Packed, Text, ViTImage, pack
+from bagel.packing import IGNORE, DroppedImage, Frames, LatentImage, Layout, Packed, Text, Tokens, ViTImage, pack, sees
 
 START, END = 91, 92
 IMAGE_TOKENS = (START, END)
@@ -153,6 +154,13 @@ def test_a_dropped_image_has_no_tokens_but_advances_the_position():
     assert packed.next_positions == (4,)
 
 
+def test_an_empty_text_is_a_split_of_no_tokens():
+    packed = packed_of([vit(2), Text(torch.empty(0, dtype=torch.long))])
+    assert splits(packed) == [(4, "full"), (0, "causal")]
+    assert packed.vit_rows.tolist() == [1, 2]
+    assert packed.next_positions == (1,)
+
+
 def test_starts_shift_each_samples_own_positions():
     packed = packed_of([text(7, 8)], [vit(1), latents(1)], starts=[5, 30])
     assert packed.und_positions.tolist() == [5, 6, 30, 30, 30, 31, 31]
@@ -187,6 +195,24 @@ def test_a_closing_image_token_can_have_a_label():
     assert packed.label_weights.tolist() == [1, 1]
 
 
+@pytest.mark.parametrize(
+    ("segment", "length", "advance"),
+    [
+        (text(7, 8, 9), 3, 3),
+        (vit(4), 6, 1),
+        (latents(4), 6, 1),
+        (latents(4, noisy=True), 6, 0),
+        (Frames((latents(1), latents(2)), (3,)), 7, 4),
+        (Frames((latents(1), latents(2, noisy=True)), (3,)), 7, 3),
+        (DroppedImage(), 0, 1),
+    ],
+)
+def test_a_segment_knows_its_length_and_how_far_it_advances_the_position(segment, length, advance):
+    assert (segment.length, segment.advance) == (length, advance)
+    packed = packed_of([segment], starts=[10])
+    assert (packed.layout.lengths, packed.next_positions) == ((length,), (10 + advance,))
+
+
 def test_targets_are_the_gen_rows_that_have_a_velocity():
     noisy = latents(2, noisy=True, timestep=0.5, velocity=torch.full((2, LATENT), 3.0))
     packed = packed_of([latents(3), noisy], [noisy])
@@ -197,10 +223,23 @@ def test_targets_are_the_gen_rows_that_have_a_velocity():
 # Laws -----------------------------------------------------------------------------------------------------------------
 
 COUNT = st.integers(1, 4)
-LATENT_IMAGE = st.builds(lambda count, noisy: latents(count, noisy=noisy, timestep=0.5 * noisy), COUNT, st.booleans())
+END_LABEL = st.none() | st.just(5)
+
+
+def segment_text(count: int, labelled: bool, weighted: bool) -> Text:
+    labels = torch.tensor([IGNORE, *range(30, 29 + count)]) if labelled else None
+    return text(*range(count), labels=labels, weights=torch.arange(count) / 4 if weighted else None)
+
+
+def segment_latents(count: int, noisy: bool, end_label: int | None) -> LatentImage:
+    velocity = torch.ones(count, LATENT) if noisy else None
+    return latents(count, noisy=noisy, timestep=0.5 * noisy, velocity=velocity, end_label=end_label)
+
+
+LATENT_IMAGE = st.builds(segment_latents, COUNT, st.booleans(), END_LABEL)
 SEGMENT = st.one_of(
-    COUNT.map(lambda count: text(*range(count))),
-    COUNT.map(vit),
+    st.builds(segment_text, COUNT, st.booleans(), st.booleans()),
+    st.builds(lambda count, label: ViTImage(torch.zeros(count, PATCH), torch.arange(count), label), COUNT, END_LABEL),
     LATENT_IMAGE,
     st.lists(LATENT_IMAGE, min_size=1, max_size=3).map(lambda images: Frames(tuple(images), (2,) * (len(images) - 1))),
     st.just(DroppedImage()),
@@ -216,6 +255,58 @@ def pieces(segment) -> list[tuple[str, int]]:
         return [("und", segment.patches.shape[0] + 2)]
     images = segment.images if isinstance(segment, Frames) else (segment,) if isinstance(segment, LatentImage) else ()
     return [piece for image in images for piece in (("und", 1), ("gen", image.latents.shape[0]), ("und", 1))]
+
+
+class Twin:
+    """Every token of samples in sequence order, one by one from the definitions."""
+
+    def __init__(self, samples, starts) -> None:
+        self.tokens: list[dict] = []
+        self.next_positions = []
+        for sample, segments in enumerate(samples):
+            position, split = starts[sample], 0
+            for segment in segments:
+                self.place = {"sample": sample, "split": split}
+                position = self.segment(segment, position)
+                split += not isinstance(segment, DroppedImage)
+            self.next_positions.append(position)
+
+    def segment(self, segment, position: int) -> int:
+        if isinstance(segment, DroppedImage):
+            return position + 1
+        if isinstance(segment, Frames):
+            for image, delta in zip(segment.images, (0, *segment.deltas), strict=True):
+                position += delta
+                self.image(image, "full", position)
+            return position + (not segment.images[-1].noisy)
+        if not isinstance(segment, Text):
+            noisy = isinstance(segment, LatentImage) and segment.noisy
+            self.image(segment, "noise" if noisy else "full", position)
+            return position + (not noisy)
+        for index, id_ in enumerate(segment.ids.tolist()):
+            label = IGNORE if segment.labels is None else segment.labels[index].item()
+            weight = 1.0 if segment.weights is None else segment.weights[index].item()
+            self.token("causal", position + index, id=id_, label=label, weight=weight)
+        return position + len(segment.ids)
+
+    def image(self, image, rule: str, position: int) -> None:
+        self.token(rule, position, id=START)
+        for _ in image.position_ids:
+            if isinstance(image, LatentImage):
+                self.token(rule, position, gen=True, time=image.timestep, aimed=image.velocity is not None)
+            else:
+                self.token(rule, position)
+        self.token(rule, position, id=END, label=IGNORE if image.end_label is None else image.end_label)
+
+    def token(self, rule: str, position: int, **values) -> None:
+        token = {"id": None, "label": IGNORE, "weight": 1.0, "gen": False, "number": len(self.tokens), **self.place}
+        self.tokens.append({**token, "rule": rule, "position": position, **values})
+
+    @staticmethod
+    def sees(query: dict, key: dict) -> bool:
+        if query["split"] == key["split"]:
+            return query["rule"] != "causal" or key["number"] <= query["number"]
+        return key["split"] < query["split"] and key["rule"] != "noise"
 
 
 @settings(max_examples=60, deadline=None)
@@ -259,6 +350,74 @@ def test_a_batch_is_its_samples_one_after_the_other(samples):
     assert packed.next_positions == tuple(one.next_positions[0] for one in single)
     assert [s.splits for s in packed.samples] == [one.samples[0].splits for one in single]
     assert [s.order.tolist() for s in packed.samples] == [one.samples[0].order.tolist() for one in single]
+    assert torch.equal(packed.labels, torch.cat([one.labels for one in single]))
+    assert packed.velocity.shape[0] == sum(one.velocity.shape[0] for one in single)
+
+
+@settings(max_examples=60, deadline=None)
+@given(SAMPLES, st.lists(st.integers(0, 9), min_size=3, max_size=3))
+def test_packing_is_what_a_loop_over_tokens_gives(samples, starts):
+    packed, twin = packed_of(*samples, starts=starts), Twin(samples, starts)
+    und, gen = ([token for token in twin.tokens if token["gen"] == which] for which in (False, True))
+    written = [token for token in und if token["id"] is not None]
+    labelled = [token for token in written if token["label"] != IGNORE]
+    assert packed.und_positions.tolist() == [token["position"] for token in und]
+    assert packed.gen_positions.tolist() == [token["position"] for token in gen]
+    assert packed.text_ids.tolist() == [token["id"] for token in written]
+    assert packed.text_rows.tolist() == [und.index(token) for token in written]
+    assert packed.vit_rows.tolist() == [row for row, token in enumerate(und) if token["id"] is None]
+    assert packed.timesteps.tolist() == [token["time"] for token in gen]
+    assert packed.label_rows.tolist() == [und.index(token) for token in labelled]
+    assert packed.labels.tolist() == [token["label"] for token in labelled]
+    assert packed.label_weights.tolist() == [token["weight"] for token in labelled]
+    assert packed.target_rows.tolist() == [row for row, token in enumerate(gen) if token["aimed"]]
+    assert packed.next_positions == tuple(twin.next_positions)
+    tokens = packed.layout.tokens
+    assert tokens.sample.tolist() == [token["sample"] for token in twin.tokens]
+    assert tokens.split.tolist() == [token["split"] for token in twin.tokens]
+    for index, sample in enumerate(packed.samples):
+        own = [token for token in twin.tokens if token["sample"] == index]
+        assert sample.mask().tolist() == [[twin.sees(query, key) for key in own] for query in own]
+        assert torch.equal(packed.layout.mask(index), sample.stream_mask())
+        length, advance = (sum(getattr(segment, name) for segment in samples[index]) for name in ("length", "advance"))
+        assert (length, advance) == (len(sample), packed.next_positions[index] - starts[index])
+    assert packed.layout.lengths == tuple(len(sample) for sample in packed.samples)
+
+
+@settings(max_examples=30, deadline=None)
+@given(SAMPLES)
+def test_all_tokens_at_once_see_what_they_see_sample_by_sample(samples):
+    packed = packed_of(*samples)
+    tokens = packed.layout.tokens.by_row()
+    together = sees(tokens.at((..., None)), tokens.at(None))
+    num_und = packed.und_positions.shape[0]
+    for sample in packed.samples:
+        und = torch.arange(sample.und.start, sample.und.stop)
+        rows = torch.cat([und, torch.arange(num_und + sample.gen.start, num_und + sample.gen.stop)])
+        assert torch.equal(together[rows][:, rows], sample.stream_mask())
+        together[rows[:, None], rows] = False
+    assert not together.any()  # nobody sees another sample
+
+
+# Layouts --------------------------------------------------------------------------------------------------------------
+
+
+def test_a_layout_of_tokens_is_that_of_texts_of_one_token():
+    layout, packed = Layout.of_tokens(3), packed_of(*[[text(7)]] * 3)
+    assert layout == packed.layout
+    assert [(s.und, s.gen, splits(packed)) for s in layout.samples] == [
+        (slice(row, row + 1), slice(0, 0), [(1, "causal")]) for row in range(3)
+    ]
+
+
+def test_a_layout_makes_its_tokens_when_they_are_asked_for_and_takes_them_along():
+    layout = packed_of([text(7), latents(1, noisy=True)]).layout
+    assert layout.to("meta") is layout
+    assert layout.tokens is layout.tokens
+    moved = layout.to("meta")
+    assert moved.samples == layout.samples
+    assert [values.device.type for values in moved.tokens] == ["meta"] * len(Tokens._fields)
+    assert layout.tokens.noise.tolist() == [False, True, True, True]
 
 
 def test_moving_keeps_every_tensor():
@@ -268,6 +427,42 @@ def test_moving_keeps_every_tensor():
         if isinstance(value, torch.Tensor):
             assert (getattr(moved, name).device.type, getattr(moved, name).shape) == ("meta", value.shape), name
     assert moved.samples == packed.samples
+
+
+@pytest.mark.parametrize("computed", [False, True])
+def test_a_packed_batch_is_a_tree_of_tensors_and_its_layout_a_structure(computed):
+    packed = packed_of([text(1, 2), vit(2)], [latents(3)])
+    if computed:
+        assert packed.layout.tokens.rows.shape == (11,)
+    leaves, structure = tree_flatten(packed)
+    tensors = [leaf for leaf in leaves if isinstance(leaf, torch.Tensor)]
+    assert len(tensors) == (21 if computed else 15)
+    assert [leaf for leaf in leaves if not isinstance(leaf, torch.Tensor)] == [2]  # vit_lengths
+    again = tree_unflatten(leaves, structure)
+    assert (again.layout.runs, again.next_positions) == (packed.layout.runs, packed.next_positions)
+    assert again.samples == packed.samples
+    assert tree_flatten(packed_of([text(1, 2, 3)]))[1] != structure
+
+
+class LatentsSeen(torch.nn.Module):
+    """Sums, for each sample, the latents that its last und token sees."""
+
+    def forward(self, packed: Packed) -> torch.Tensor:
+        sums = []
+        for index, sample in enumerate(packed.samples):
+            und = sample.und.stop - sample.und.start
+            seen = packed.layout.mask(index)[und - 1, und:].float()
+            sums.append(seen @ packed.latents[sample.gen].sum(1) * len(sample) / 4)
+        return torch.stack(sums)
+
+
+def test_a_program_exported_for_a_layout_takes_other_values():
+    first, second = (packed_of([text(7, 8), latents(2, value=value)], [vit(2)]) for value in (1.0, 3.0))
+    program = torch.export.export(LatentsSeen(), (first,))
+    assert torch.equal(program.module()(second), LatentsSeen()(second))
+    assert program.module()(second).tolist() == [36, 0]
+    structure = tree_flatten(first)[1]
+    assert treespec_loads(treespec_dumps(structure)) == structure
 
 
 # Errors ---------------------------------------------------------------------------------------------------------------

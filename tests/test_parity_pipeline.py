@@ -1,4 +1,4 @@
-"""Whole jobs against the official code: from a seed to tokens, trajectories and pictures."""
+"""Whole jobs against the official code: from a seed to tokens, trajectories and images."""
 
 from __future__ import annotations
 

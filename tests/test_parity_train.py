@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import pytest
 import torch
-from conftest import REFERENCE, assert_close, golden, golden_json, load_model
+from conftest import assert_close, golden, golden_json
+from training_world import new_reference, reference
 
-from bagel import BagelPipeline
 from bagel.checkpoint import targets
 from bagel.image import patchify
-from bagel.packing import IGNORE, DroppedImage, Frames, LatentImage, Text, ViTImage, pack
+from bagel.packing import IGNORE, DroppedImage, Frames, LatentImage, Text, ViTImage
 
 CASES = [
     ("tiny", "train_step"),
@@ -20,11 +20,11 @@ CASES = [
 
 
 class Plan:
-    """Rebuild the segments of a golden training step from its plan, taking pictures in order."""
+    """Rebuild the segments of a golden training step from its plan, taking images in order."""
 
-    def __init__(self, parts, want, plan):
-        self.parts, self.want, self.plan = parts, want, plan
-        self.shift = plan.get("timestep_shift", parts.model.config.timestep_shift)
+    def __init__(self, processor, want, plan):
+        self.processor, self.want, self.plan = processor, want, plan
+        self.shift = plan.get("timestep_shift", processor.config.timestep_shift)
         self.images = self.latent_images()
         self.vit = iter(self.vit_images())
 
@@ -45,17 +45,17 @@ class Plan:
             noise, logit = want["noise"][rows], want["packed_timesteps"][rows][0]
             t = torch.sigmoid(logit)
             t = (self.shift * t / (1 + (self.shift - 1) * t)).item()
-            cells = self.parts.latent_cells(16 * height, 16 * width)
+            cells = self.processor.grid(16 * height, 16 * width)
             if t == 0:
                 yield LatentImage(clean, cells)
             else:
                 yield LatentImage((1 - t) * clean + t * noise, cells, timestep=t, noisy=True, velocity=noise - clean)
 
     def text(self, text, item):
-        tokenizer = self.parts.tokenizer
-        ids = torch.tensor([tokenizer.bos_id, *tokenizer.encode(text), tokenizer.eos_id])
+        segment = self.processor.text(text)
         if not item["loss"]:
-            return Text(ids)
+            return segment
+        ids = segment.ids
         labels = torch.cat(
             [ids[1:], torch.tensor([item["special_token_label"] if item["special_token_loss"] else IGNORE])]
         )
@@ -86,13 +86,13 @@ class Plan:
         return segments
 
     def pack(self):
-        samples = [self.sample(sample) for sample in self.plan["samples"]]
-        return pack(samples, image_tokens=self.parts.image_tokens)
+        return self.processor.pack([self.sample(sample) for sample in self.plan["samples"]])
 
 
 def rebuilt(variant, name):
-    parts, want = load_model(variant), golden(variant, name)
-    return parts, want, Plan(parts, want, golden_json(variant, "cases")[name]).pack()
+    model, _, processor = reference(variant)
+    want = golden(variant, name)
+    return model, want, Plan(processor, want, golden_json(variant, "cases")[name]).pack()
 
 
 @pytest.mark.parametrize(("variant", "name"), CASES)
@@ -117,11 +117,11 @@ def test_packed_batch_is_the_official_one(variant, name):
 
 @pytest.mark.parametrize(("variant", "name"), CASES)
 def test_losses_and_hidden_states_agree(variant, name):
-    parts, want, packed = rebuilt(variant, name)
-    model = parts.model
+    model, want, packed = rebuilt(variant, name)
     with torch.no_grad():
         hidden = model(packed)
-        normed = torch.cat([model.decoder.norm(hidden.und), model.decoder.norm_of_gen(hidden.gen)])
+        norm, norm_gen = model.decoder.norm, model.decoder.norm_gen or model.decoder.norm
+        normed = torch.cat([norm(hidden.und), norm_gen(hidden.gen)])
         losses = model.losses(packed)
     assert_close(normed[packed.order], want["last_hidden"])
     assert_close(losses.ce, want["ce"])
@@ -134,8 +134,7 @@ def test_losses_and_hidden_states_agree(variant, name):
 @pytest.mark.parametrize(("variant", "name"), CASES)
 def test_gradients_agree(variant, name):
     _, want, packed = rebuilt(variant, name)
-    pipe = BagelPipeline.from_pretrained(REFERENCE / variant / "checkpoint", device="cpu", dtype=torch.float32)
-    model = pipe.parts.model
+    model, _, _ = new_reference(variant)
     model.requires_grad_(True)
     model.losses(packed).loss.backward()
     grads = {name: parameter.grad for name, parameter in model.named_parameters()}

@@ -1,4 +1,4 @@
-"""The recipe in examples/shapes: tasks make samples, pictures are encoded ahead, stages train and are exported."""
+"""The recipe in examples/shapes: tasks make samples, images are encoded ahead, stages train and are exported."""
 
 from __future__ import annotations
 
@@ -117,13 +117,13 @@ def test_edits_are_drawn_until_one_is_wanted():
         sample(rng, "caption", side=16, wanted=lambda edit: True)
 
 
-def test_a_pool_holds_the_latents_of_its_pictures(parts, pool):
+def test_a_pool_holds_the_latents_of_its_images(parts, pool):
     model, vae, tokenizer = parts
     shapes = recipe_data.Shapes("t2i1", recipe_pool.EncodedMaker(model.config, tokenizer), SIDE)
     examples = recipe_pool.read_pool(pool)["t2i1"]
     targets = recipe_pool.Pooled(shapes, examples)(random.Random(1))[-recipe_data.TARGETS :]
     assert {target.content.shape for target in targets} == {(16, model.config.patch_latent_dim)}
-    fresh = sample(random.Random("pool/0"), "t2i1", side=SIDE)  # any picture: its latents are of the same scale
+    fresh = sample(random.Random("pool/0"), "t2i1", side=SIDE)  # any image: its latents are of the same scale
     pixels = ItemMaker(model.config, tokenizer).latent(fresh.outputs[0]).content
     with torch.inference_mode():
         z = vae.encode(pixels[None].float() / 127.5 - 1, None)
@@ -146,7 +146,7 @@ def test_a_run_trains_from_the_pool_and_is_exported(pool, vae_run, tmp_path, mon
     common = ("--vae", vae_run, "--pool", pool, "--device", "cpu", "--tokens", 1500, "--set", settings)
     run("model", "--start", CHECKPOINT, "--out", tmp_path / "first", *common)
     run("model", "--start", tmp_path / "first", "--out", tmp_path / "second", *common)
-    monkeypatch.setattr(recipe, "tell", lambda *_: None)  # reconstructs hundreds of pictures
+    monkeypatch.setattr(recipe, "tell", lambda *_: None)  # reconstructs hundreds of images
     once = json.dumps({"steps": 1, "warmup": 0, "log_every": 1})
     run("decoder", "--vae", vae_run, "--out", tmp_path / "decoder", "--device", "cpu", "--set", once)
     run("export", "--run", tmp_path / "second", "--vae", tmp_path / "decoder", "--to", tmp_path / "exported")
@@ -155,7 +155,7 @@ def test_a_run_trains_from_the_pool_and_is_exported(pool, vae_run, tmp_path, mon
     assert all(line["ce"] > 0 < line["mse"] for line in log)
     pipe = BagelPipeline.from_pretrained(tmp_path / "exported", device="cpu")
     assert pipe.text_to_image("a red circle", num_timesteps=3, progress=False).image.size == (SIDE, SIDE)
-    trained, exported = recipe.trained_vae(tmp_path / "decoder").state_dict(), pipe.parts.drawing_vae().state_dict()
+    trained, exported = recipe.trained_vae(tmp_path / "decoder").state_dict(), pipe.vae.state_dict()
     before = recipe.trained_vae(vae_run).state_dict()
     for name in trained:
         assert torch.equal(exported[name], trained[name].bfloat16().to(exported[name].dtype)), name
@@ -164,13 +164,13 @@ def test_a_run_trains_from_the_pool_and_is_exported(pool, vae_run, tmp_path, mon
 
 def test_conditions_are_left_out_as_often_as_stated(parts):
     rng = random.Random(3)
-    for task, pictures in (("t2i2", 0), ("edit", 1), ("frames", 3)):
+    for task, images in (("t2i2", 0), ("edit", 1), ("frames", 3)):
         shapes = recipe_data.Shapes(task, ItemMaker(parts[0].config, parts[2]), SIDE)
         example = shapes.example(rng)
         kinds = [[type(item) for item in shapes.items(example, rng)] for _ in range(400)]
         without_text = sum(TextItem not in items for items in kinds) / len(kinds)
         assert abs(without_text - recipe_data.DROPPED[task]) < 0.09
-        if pictures:
+        if images:
             seen = [items.count(ViTItem) for items in kinds]
-            assert set(seen) == {0, pictures}
-            assert abs(seen.count(0) / len(seen) - recipe_data.PICTURES_DROPPED) < 0.06
+            assert set(seen) == {0, images}
+            assert abs(seen.count(0) / len(seen) - recipe_data.IMAGES_DROPPED) < 0.06

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-from dataclasses import fields
 from pathlib import Path
 
 import numpy as np
@@ -19,12 +18,13 @@ from bagel.config import BagelConfig, ConfigError, DecoderConfig, VAEConfig, ViT
 from bagel.loading import choose_device
 from bagel.memory import is_out_of_memory
 from bagel.modeling import Bagel
-from bagel.options import EDIT, IMAGE_ONLY, KINDS, TEXT_ONLY, Options, make_options
+from bagel.options import EDIT, TASKS, make_options
 from bagel.packing import pack
+from bagel.parameters import options_of
 
 TINY = REFERENCE / "tiny" / "checkpoint"
 SMALL = {"num_timesteps": 3, "progress": False, "height": 64, "width": 96}
-PICTURE = Image.new("RGB", (64, 96), "red")
+IMAGE = Image.new("RGB", (64, 96), "red")
 
 
 @pytest.fixture
@@ -35,19 +35,19 @@ def pipe() -> BagelPipeline:
 # Inputs ----------------------------------------------------------------------------------------------------------
 
 INPUTS = [
-    (TypeError, r"got str '/x\.png'; open it with bagel\.image\.open_image", lambda p: p.edit("/x.png", "blue")),
+    (TypeError, r"got str '/x\.png'; open it with bagel\.open_image", lambda p: p.edit("/x.png", "blue")),
     (TypeError, r"got str 'photo\.jpg'; open it with", lambda p: p.understand(["photo.jpg"], "what?")),
     (TypeError, r"got PosixPath .*; open it with", lambda p: p.understand(Path("photo.jpg"), "what?")),
-    (TypeError, r"got str 'b\.png'; open it with", lambda p: p.edit([PICTURE, ["b.png"]], ["a", "b"])),
+    (TypeError, r"got str 'b\.png'; open it with", lambda p: p.edit([IMAGE, ["b.png"]], ["a", "b"])),
     (TypeError, r"got str 'ab'; open it with", lambda p: p.edit("ab", ["a", "b"])),
-    (TypeError, r"a picture must be a PIL picture, got None", lambda p: p.edit(None, "blue")),
-    (TypeError, r"a picture must be a PIL picture, got None", lambda p: p.edit(None, ["blue"])),
+    (TypeError, r"an image must be a PIL image, got None", lambda p: p.edit(None, "blue")),
+    (TypeError, r"an image must be a PIL image, got None", lambda p: p.edit(None, ["blue"])),
     (TypeError, r"got ndarray ", lambda p: p.understand(np.zeros((4, 4, 3)), "what?")),
-    (TypeError, r"instruction must be a text or a list of texts, got Image", lambda p: p.edit("blue", PICTURE)),
-    (TypeError, r"question must be a text .*, got None", lambda p: p.understand(PICTURE, None)),
-    (ValueError, r"no picture to edit: give at least one", lambda p: p.edit([], "blue")),
-    (ValueError, r"no picture to edit", lambda p: p.edit([PICTURE, []], ["a", "b"])),
-    (ValueError, r"2 texts needs 2 pictures .*, got 1", lambda p: p.edit(PICTURE, ["a", "b"])),
+    (TypeError, r"instruction must be a text or a list of texts, got Image", lambda p: p.edit("blue", IMAGE)),
+    (TypeError, r"question must be a text .*, got None", lambda p: p.understand(IMAGE, None)),
+    (ValueError, r"no image to edit: give at least one", lambda p: p.edit([], "blue")),
+    (ValueError, r"no image to edit", lambda p: p.edit([IMAGE, []], ["a", "b"])),
+    (ValueError, r"2 texts needs 2 images .*, got 1", lambda p: p.edit(IMAGE, ["a", "b"])),
     (TypeError, r"inputs must be a list .*, got str 'hello'", lambda p: p.stream("hello")),
     (TypeError, r"inputs must be a list .*, got str 'hello'", lambda p: p.generate("hello")),
     (TypeError, r"inputs must be a list .*, got str 'hello'", lambda p: p.generate_batch(["hello"])),
@@ -55,7 +55,7 @@ INPUTS = [
     (ValueError, r"nothing to read", lambda p: p.stream([])),
     (
         TypeError,
-        r"an input must be a text or a PIL picture, got PosixPath .*; open it",
+        r"an input must be a text or a PIL image, got PosixPath .*; open it",
         lambda p: p.stream([Path("a")]),
     ),
     *[
@@ -71,7 +71,7 @@ def test_a_wrong_input_is_refused_at_once_and_named(pipe, error, message, call):
         call(pipe)
 
 
-def test_a_question_needs_no_picture(pipe):
+def test_a_question_needs_no_image(pipe):
     wanted = pipe.generate(["what?"], output="text", max_new_tokens=3, seed=0)
     assert pipe.understand([], "what?", max_new_tokens=3, seed=0) == wanted
     assert pipe.understand([[]], ["what?"], max_new_tokens=3, seed=[0]) == [wanted]
@@ -79,64 +79,18 @@ def test_a_question_needs_no_picture(pipe):
 
 # Options ---------------------------------------------------------------------------------------------------------
 
-WHOLE = "a whole number"
-TYPES = [
-    *[("seed", value, f"{WHOLE} or None, got ") for value in ([1], "abc", True, 1.5)],
-    ("height", 32.0, f"{WHOLE} or None, got float 32.0"),
-    ("height", "32", f"{WHOLE} or None, got str '32'"),
-    ("cfg_text_scale", "4", "a number, got str '4'"),
-    ("cfg_text_scale", None, "a number, got None"),
-    ("temperature", "a", "a number, got str 'a'"),
-    ("num_timesteps", 3.0, f"{WHOLE}, got float 3.0"),
-    ("cfg_interval", 0.4, "a pair of numbers, got float 0.4"),
-    ("cfg_interval", ("a", "b"), "a pair of numbers, got tuple"),
-    ("noise", "x", "a tensor or None, got str 'x'"),
-    ("posterior_noise", torch.zeros(2), "a list of tensors or None, got Tensor"),
-    ("generator", 3, "a torch.Generator or None, got int 3"),
-    ("negative_prompt", 3, "a text or None, got int 3"),
-    ("system_prompt", 3, "a text or None, got int 3"),
-    ("stop", 3, "a text or a list of texts, got int 3"),
-    ("stop", [3], "a text or a list of texts, got list"),
-    ("on_step", 3, "a function or None, got int 3"),
-    ("max_new_tokens", True, f"{WHOLE} or None, got bool True"),
-    ("think", "yes", "True or False, got str 'yes'"),
-    ("cfg_renorm_type", None, "a text, got None"),
-]
 
-
-@pytest.mark.parametrize(("name", "value", "said"), TYPES, ids=str)
-def test_an_option_of_a_wrong_type_is_named_with_what_it_got_and_wants(name, value, said):
-    with pytest.raises(TypeError) as caught:
-        Options(**{name: value})
-    assert str(caught.value).startswith(f"{name} must be {said}")
-    assert "\n" not in str(caught.value)
-
-
-def test_every_option_has_a_checked_type():
-    for option in fields(Options):
-        kind = str(option.type).removesuffix(" | None")
-        assert kind in KINDS or kind.startswith("Literal"), option.name
-    defaults = Options()
-    assert all(getattr(defaults, option.name) == option.default for option in fields(Options))
-
-
-VALUES = [
-    (ValueError, "seed must lie between", {"seed": 2**70}),
-    (ValueError, "seed must lie between", {"seed": -(2**63) - 1}),
-    (ValueError, "max_new_tokens must be at least 1, got 0", {"max_new_tokens": 0}),
-    (TypeError, "noise must be a floating-point tensor, got torch.int64", {"noise": torch.zeros(2, 64).long()}),
-    (ValueError, "noise must be finite", {"noise": torch.full((2, 64), float("nan"))}),
-    (ValueError, r"posterior_noise\[1\] must be finite", {"posterior_noise": [torch.zeros(1), torch.ones(1) / 0]}),
-    (ValueError, 'no effect with posterior="mean"', {"posterior": "mean", "posterior_noise": [torch.zeros(1)]}),
-    (ValueError, "negative_prompt has no effect .* above 1", {"negative_prompt": "a", "cfg_text_scale": 1.0}),
-    (ValueError, "cfg_interval must be a pair", {"cfg_interval": (0.1, 0.2, 0.3)}),
-]
-
-
-@pytest.mark.parametrize(("error", "message", "options"), VALUES, ids=[message for _, message, _ in VALUES])
-def test_a_value_out_of_range_or_without_effect_is_refused(error, message, options):
-    with pytest.raises(error, match=message):
-        Options(**options)
+@pytest.mark.parametrize(
+    ("task", "option"),
+    [(task, option) for task, (kind, _) in TASKS.items() for option in options_of(kind)],
+    ids=lambda value: value if isinstance(value, str) else value.name,
+)
+def test_every_option_has_a_checked_type_and_a_default_that_passes(task, option):
+    needed = {option.needs: True} if option.needs else {}
+    needed |= {"think": True} if "do_sample" in needed and task in ("text_to_image", "edit", "draw") else {}
+    with pytest.raises(TypeError, match=f"^{option.name} must be .*, got object"):
+        make_options(task, needed | {option.name: object()})
+    assert getattr(TASKS[task][0](), option.name) == option.default
 
 
 @pytest.mark.parametrize("name", ["height", "width"])
@@ -148,38 +102,34 @@ def test_a_side_of_zero_is_no_default(pipe, name):
 @pytest.mark.parametrize("seed", [2**64 - 1, -(2**63), np.int64(3), np.uint8(3)])
 def test_seeds_of_the_whole_range_and_of_numpy_work(pipe, seed):
     result = pipe.text_to_image("a", seed=seed, **SMALL)
-    assert type(Options(seed=seed).seed) is int
+    assert type(make_options("text_to_image", {"seed": seed}).seed) is int
     assert torch.equal(pipe.text_to_image("a", seed=int(seed), **SMALL).latents, result.latents)
-
-
-def test_numbers_of_other_libraries_become_pythons_own():
-    options = Options(cfg_text_scale=np.float32(3.5), num_timesteps=np.int32(9), cfg_interval=[np.float64(0), 1])
-    assert (options.cfg_text_scale, options.num_timesteps, options.cfg_interval) == (3.5, 9, (0.0, 1.0))
-    assert type(options.cfg_text_scale) is type(options.cfg_interval[1]) is float
 
 
 # What help() says ------------------------------------------------------------------------------------------------
 
-TASKS = [
-    ("text_to_image", "text_to_image", TEXT_ONLY),
-    ("edit", "edit", TEXT_ONLY),
-    ("understand", "understand", IMAGE_ONLY),
-    ("stream", "understand", IMAGE_ONLY),
-    ("generate", "generate", frozenset()),
-    ("generate_batch", "generate", frozenset()),
+METHODS = [
+    ("text_to_image", ["prompt"], ["text_to_image"]),
+    ("edit", ["images", "instruction"], ["edit"]),
+    ("understand", ["images", "question"], ["understand"]),
+    ("stream", ["inputs"], ["understand"]),
+    ("generate", ["inputs"], ["text_to_image", "understand"]),
+    ("generate_batch", ["batch"], ["text_to_image", "understand"]),
+    ("session", [], ["session"]),
 ]
 
 
-@pytest.mark.parametrize(("method", "task", "left_out"), TASKS)
-def test_signature_and_help_show_every_option_with_its_default(pipe, method, task, left_out):
+@pytest.mark.parametrize(("method", "first", "tasks"), METHODS, ids=[method for method, *_ in METHODS])
+def test_signature_and_help_show_every_option_with_its_default(pipe, method, first, tasks):
     function = getattr(BagelPipeline, method)
     parameters = inspect.signature(function).parameters
+    assert [name for name, p in parameters.items() if p.kind is p.POSITIONAL_OR_KEYWORD] == ["self", *first]
     shown = {name: p for name, p in parameters.items() if p.kind is p.KEYWORD_ONLY and name not in ("output", "preset")}
-    assert list(shown) == [option.name for option in fields(Options) if option.name not in left_out]
-    made = make_options(task, "text" if task == "understand" else "image", {})
+    assert list(shown) == list(dict.fromkeys(option.name for task in tasks for option in options_of(TASKS[task][0])))
+    made = [make_options(task, {}) for task in reversed(tasks)]
     lines = [line.strip() for line in inspect.getdoc(function).splitlines()]
     for name, parameter in shown.items():
-        assert parameter.default == getattr(made, name)
+        assert parameter.default == [getattr(options, name) for options in made if hasattr(options, name)][-1]
         (line,) = [line for line in lines if line.startswith(f"{name} = ")]
         assert line.startswith(f"{name} = {parameter.default!r}: ")
         assert not line.endswith((": ", ": None"))
@@ -194,11 +144,10 @@ def test_signature_of_edit_has_guidance_of_its_own():
 
 
 def test_repr_tells_parts_size_and_place(pipe):
-    parts = (pipe.parts.model, pipe.parts.vae)
-    count = sum(p.numel() for module in parts for p in module.parameters())
+    count = sum(p.numel() for module in (pipe.model, pipe.vae) for p in module.parameters())
     assert repr(pipe) == (
         f"BagelPipeline(decoder, vision, generation, autoencoder; {count:,} parameters; float32 on cpu, "
-        "attention 'sdpa')"
+        "attention SDPA())"
     )
     half = BagelPipeline.from_pretrained(TINY, device="cpu", dtype="bfloat16", visual_gen=False)
     assert repr(half).startswith("BagelPipeline(decoder, vision; ")
@@ -263,7 +212,7 @@ def test_only_a_lack_of_memory_is_called_one(monkeypatch):
 def test_a_missing_half_comes_with_a_way_out(half):
     pipe = BagelPipeline.from_pretrained(TINY, device="cpu", **{half: False})
     with pytest.raises(ValueError, match=f"load a checkpoint that has it.* without {half}=False"):
-        pipe.edit(PICTURE, "blue", num_timesteps=2)
+        pipe.edit(IMAGE, "blue", num_timesteps=2)
 
 
 # Configuration and model -----------------------------------------------------------------------------------------

@@ -12,11 +12,9 @@ from torch import Tensor
 from bagel.sampling import (
     Guidance,
     GuidedVelocity,
-    PictureBranches,
     TaylorSeer,
+    TaylorSeries,
     TextSampling,
-    discard_draw,
-    next_tokens,
 )
 
 # TaylorSeer -----------------------------------------------------------------------------------------------------------
@@ -42,7 +40,7 @@ def seer_twin(values: list[Tensor]) -> tuple[list[Tensor], list[int]]:
     return out, full
 
 
-def follow(seer: TaylorSeer, values: list[Tensor]) -> tuple[list[Tensor], list[int]]:
+def follow(seer: TaylorSeries, values: list[Tensor]) -> tuple[list[Tensor], list[int]]:
     out, full = [], []
     for i, value in enumerate(values):
         if seer.due:
@@ -57,7 +55,7 @@ def follow(seer: TaylorSeer, values: list[Tensor]) -> tuple[list[Tensor], list[i
 def test_taylorseer_agrees_with_its_twin_over_32_evaluations():
     generator = torch.Generator().manual_seed(0)
     values = [torch.randn(3, 2, generator=generator) for _ in range(32)]
-    found, full = follow(TaylorSeer(), values)
+    found, full = follow(TaylorSeer().start(), values)
     wanted, twin_full = seer_twin(values)
     assert full == twin_full == FULL
     for one, other in zip(found, wanted, strict=True):
@@ -65,7 +63,7 @@ def test_taylorseer_agrees_with_its_twin_over_32_evaluations():
 
 
 def test_taylorseer_keeps_orders_up_to_six():
-    seer = TaylorSeer()
+    seer = TaylorSeer().start()
     counts = []
     for index in range(32):
         if seer.due:
@@ -78,14 +76,14 @@ def test_taylorseer_keeps_orders_up_to_six():
 
 def test_taylorseer_predicts_a_line_exactly():
     values = [torch.tensor([2.0 - 0.5 * i, float(i)], dtype=torch.float64) for i in range(20)]
-    found, full = follow(TaylorSeer(), values)
+    found, full = follow(TaylorSeer().start(), values)
     assert full == FULL[:10]
     for one, exact in zip(found, values, strict=True):
         torch.testing.assert_close(one, exact, rtol=0, atol=1e-9)
 
 
 def test_taylorseer_of_a_parabola_by_hand():
-    seer = TaylorSeer()
+    seer = TaylorSeer().start()
     for i in range(5):
         seer.record(torch.tensor(float(i * i)))
     # At 4: D0 = 16, D1 = (16 - 9) / 1; nothing more before order one has an old value.
@@ -96,24 +94,67 @@ def test_taylorseer_of_a_parabola_by_hand():
     assert seer.predict().item() == pytest.approx(49 + 22 + 4 / 3 * 2, abs=1e-5)
 
 
+def test_taylorseer_of_other_numbers_computes_and_keeps_accordingly():
+    values = [torch.tensor([float(i)]) for i in range(20)]
+    seer = TaylorSeer(first=2, interval=5, max_order=1).start()
+    assert follow(seer, values)[1] == [0, 1, 6, 11, 16]
+    assert len(seer.derivatives) == 2
+
+
+@pytest.mark.parametrize("bad", [{"first": 0}, {"interval": 0}, {"max_order": -1}], ids=str)
+def test_taylorseer_out_of_range_is_refused_by_name(bad):
+    with pytest.raises(ValueError, match=f"{next(iter(bad))} must be at least"):
+        TaylorSeer(**bad)
+
+
 def test_a_branch_that_sleeps_does_not_advance():
     asked = []
 
-    def states(x: list[Tensor], index: int, branches: tuple[int, ...]) -> list[Tensor]:
-        asked.append((index, branches))
-        return [x[0] * (branch + 1) for branch in branches]
+    def states(x: Tensor, t: float, branches: tuple[int, ...]) -> list[Tensor]:
+        asked.append((times.index(t), branches))
+        return [x * (branch + 1) for branch in branches]
 
-    times = torch.linspace(1, 0.1, 12)
-    guidance = Guidance(cfg_text_scale=4.0, cfg_interval=(0.0, float(times[4])))  # evaluations 4 and on
-    pictures = [PictureBranches(0, 1)]
-    run = GuidedVelocity(states, lambda s: s, pictures, guidance=guidance, timesteps=times, taylorseer=True)
-    for index in range(12):
-        run([torch.ones(2, 1)], index)
+    times = torch.linspace(1, 0.1, 12).tolist()
+    guidance = Guidance(cfg_text_scale=4.0, cfg_interval=(0.0, times[4]))  # evaluations 4 and on
+    branches = [{"full": 0, "text_dropped": 1}]
+    run = GuidedVelocity(states, lambda s: s, [2], branches, guidance, TaylorSeer())
+    for t in times:
+        run(torch.ones(2, 1), t)
     full, dropped = ([i for i, branches in asked if branch in branches] for branch in (0, 1))
     assert full == [0, 1, 2, 3, 4, 7, 10]
     assert dropped == [4, 5, 6, 7, 8, 11]
-    assert run.seers is not None
-    assert run.seers[0] is not run.seers[1]
+    assert run.cached[0] is not run.cached[1]
+
+
+def test_a_cache_of_ones_own_decides_what_is_computed():
+    class EverySecond:
+        """Repeats each computed value once."""
+
+        def start(self):
+            return Repeated()
+
+    class Repeated:
+        due = True
+
+        def record(self, value: Tensor) -> None:
+            self.value, self.due = value, False
+
+        def predict(self) -> Tensor:
+            self.due = True
+            return self.value
+
+    asked = []
+
+    def states(x: Tensor, t: float, branches: tuple[int, ...]) -> list[Tensor]:
+        asked.append((t, branches))
+        return [x * t for _ in branches]
+
+    caching = EverySecond()
+    for _ in range(2):  # each generation has states of its own
+        run = GuidedVelocity(states, lambda s: s, [2], [{"full": 0}], Guidance(cfg_text_scale=1.0), caching)
+        found = [run(torch.ones(2, 1), t)[0].item() for t in (1.0, 0.75, 0.5)]
+        assert found == [1.0, 1.0, 0.5]
+    assert asked == [(1.0, (0,)), (0.5, (0,))] * 2
 
 
 # The next token -------------------------------------------------------------------------------------------------------
@@ -126,16 +167,16 @@ def seeded(seed: int = 0) -> torch.Generator:
 
 
 def draws(count: int, logits: Tensor, sampling: TextSampling, generator: torch.Generator) -> list[int]:
-    return [int(next_tokens(logits[None], sampling, [generator])) for _ in range(count)]
+    return [int(sampling(logits[None], [generator])) for _ in range(count)]
 
 
 @pytest.mark.parametrize("sampling", [TextSampling(), TextSampling(do_sample=True, temperature=0.0)])
 def test_greedy_and_temperature_zero_take_the_likeliest_and_draw_nothing(sampling):
     generator = seeded()
     state = generator.get_state()
-    token = next_tokens(LOGITS[None], sampling, [generator])
+    token = sampling(LOGITS[None], [generator])
     assert (token.tolist(), token.dtype) == ([1], torch.int64)
-    discard_draw(5, sampling, generator)
+    sampling.discard(5, generator)
     assert torch.equal(generator.get_state(), state)
 
 
@@ -150,14 +191,14 @@ def test_sampling_is_a_multinomial_draw_at_the_temperature():
 def test_rows_of_a_batch_are_drawn_each_by_its_own_generator(top_p):
     sampling, logits = TextSampling(do_sample=True, temperature=0.9, top_p=top_p), torch.stack([LOGITS, LOGITS.flip(0)])
     generators = [seeded(1), seeded(2)]
-    found = [next_tokens(logits, sampling, generators).tolist() for _ in range(30)]
+    found = [sampling(logits, generators).tolist() for _ in range(30)]
     rows = [draws(30, row, sampling, seeded(i)) for i, row in enumerate(logits, 1)]
     assert found == [list(pair) for pair in zip(*rows, strict=True)]
 
 
 def test_as_many_generators_as_texts_are_needed():
     with pytest.raises(ValueError, match="2 texts need as many generators, got 1"):
-        next_tokens(torch.stack([LOGITS, LOGITS]), TextSampling(do_sample=True), [seeded()])
+        TextSampling(do_sample=True)(torch.stack([LOGITS, LOGITS]), [seeded()])
 
 
 def test_samples_follow_the_softmax():
@@ -193,8 +234,8 @@ def test_a_generator_makes_draws_reproducible_and_no_other_state_is_touched(top_
 @pytest.mark.parametrize("vocab", [5, 448, 1000])
 def test_a_discarded_draw_advances_exactly_like_a_draw(vocab):
     sampling, one, other = TextSampling(do_sample=True, temperature=0.5), seeded(), seeded()
-    next_tokens(torch.randn(1, vocab, generator=seeded(1)), sampling, [one])
-    discard_draw(vocab, sampling, other)
+    sampling(torch.randn(1, vocab, generator=seeded(1)), [one])
+    sampling.discard(vocab, other)
     assert torch.equal(one.get_state(), other.get_state())
     assert not torch.equal(one.get_state(), seeded().get_state())
 

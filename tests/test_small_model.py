@@ -46,7 +46,7 @@ TOTAL = {
     "edit: all": 20,
     "next frames: place, frame by frame": 20,
 }
-LEAST_PSNR = 28.0  # dB, of the middle one of some pictures against the same scene ideally drawn
+LEAST_PSNR = 28.0  # dB, of the middle one of some images against the same scene ideally drawn
 
 
 @lru_cache
@@ -70,7 +70,7 @@ def test_small_model_is_right_often_enough(task, name):
     assert row.right >= LEAST_RIGHT[task][name], f"{line(row)}\n{wrong}"
 
 
-def test_small_model_draws_clean_pictures():
+def test_small_model_draws_clean_images():
     rng = random.Random(2)
     examples = [sample(rng, "t2i1", "held_out", detail="full") for _ in range(8)]
     prompts = [str(example.inputs[0]) for example in examples]

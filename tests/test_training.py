@@ -10,11 +10,11 @@ import pytest
 import torch
 from training_world import CONFIG, SOURCES, Generated, run_two_processes, toy_data, toy_model, toy_trainer, writing
 
-from bagel import BagelPipeline
 from bagel.checkpoint import CheckpointError
+from bagel.loading import load_parts
 from bagel.training import TrainConfig, freeze, optimiser, part_of, state
 from bagel.training.batch import on_device
-from bagel.training.masks import attention_of
+from bagel.training.masks import DenseAttention
 from bagel.training.optimiser import Muon
 from bagel.training.stream import Stream
 from bagel.training.trainer import SummedLosses
@@ -88,7 +88,8 @@ def test_every_parameter_has_a_gradient_whatever_the_batch_holds(source):
     data = toy_data({source: {**SOURCES, "write": Generated(writing)}[source]})
     batch = Stream(data, 0).next_batch()
     packed = on_device(batch, vae=None, patch=2, generator=torch.Generator())
-    ce, mse = SummedLosses(model)(packed, attention_of(batch.layout, kind="dense", dtype=torch.float32))
+    model.attention = DenseAttention()
+    ce, mse = SummedLosses(model)(packed)
     (ce + mse).backward()
     assert [name for name, parameter in model.named_parameters() if parameter.grad is None] == []
 
@@ -286,9 +287,9 @@ def test_going_on_with_other_data_is_an_error(tmp_path):
 def test_a_checkpoint_of_a_run_is_an_ordinary_checkpoint(tmp_path):
     trainer = trained(tmp_path, steps=2, ema_decay=0.5, ema_warmup=False)
     folder = state.newest(tmp_path)
-    pipe = BagelPipeline.from_pretrained(folder, device="cpu", dtype=torch.float32)
-    assert pipe.parts.model.config == CONFIG
-    loaded = pipe.parts.model.state_dict()
+    model, _, _ = load_parts(folder, device="cpu", dtype="float32", progress=False)
+    assert model.config == CONFIG
+    loaded = model.state_dict()
     assert_same({name: loaded[name] for name in trainer.optimiser.average}, trainer.optimiser.average)
     assert_same(state.read_weights(folder, "model.safetensors"), weights(trainer))
 

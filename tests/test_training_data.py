@@ -16,7 +16,7 @@ from training_world import CONFIG, SOURCES, Generated, tokenizer, toy_data, writ
 from bagel.packing import LatentImage, Text, ViTImage
 from bagel.training import BrokenRowError, Conversations, Editing, ItemMaker, TextItem, TextToImage
 from bagel.training.__main__ import main, make_trainer
-from bagel.training.stream import Stream, deliveries, token_count
+from bagel.training.stream import Stream, deliveries
 
 MAKER = ItemMaker(CONFIG, tokenizer())
 
@@ -43,14 +43,14 @@ def caption_of(sample) -> str:
 
 
 @pytest.mark.parametrize("captions", [{"a": "red"}, ["red"], "red"])
-def test_text_to_image_rows_are_a_caption_and_its_picture(tmp_path, captions):
+def test_text_to_image_rows_are_a_caption_and_its_image(tmp_path, captions):
     parquet(tmp_path / "a.parquet", {"image": [png()], "captions": [json.dumps(captions)]})
-    text, picture = TextToImage(tmp_path, MAKER).sample(0, random.Random(0))
+    text, image = TextToImage(tmp_path, MAKER).sample(0, random.Random(0))
     assert tokenizer().decode(text.ids) == "red"
-    assert (text.droppable, text.loss, picture.loss) == (True, False, True)
-    assert picture.content.shape == (3, 8, 12)
-    assert picture.content[:, 0, 0].tolist() == [255, 0, 0]
-    assert picture.position_ids.tolist() == [0, 1, 2, 4, 5, 6]
+    assert (text.droppable, text.loss, image.loss) == (True, False, True)
+    assert image.content.shape == (3, 8, 12)
+    assert image.content[:, 0, 0].tolist() == [255, 0, 0]
+    assert image.position_ids.tolist() == [0, 1, 2, 4, 5, 6]
 
 
 def test_an_epoch_has_every_row_once_in_an_order_of_its_own(tmp_path):
@@ -102,7 +102,7 @@ def test_conversations_learn_what_gpt_says(tmp_path):
         ("{", "JSONDecodeError"),
         ("{}", "KeyError: 'conversations'"),
         (json.dumps({"image": "no.png", "conversations": [{"from": "human", "value": "<image>"}]}), "no such file"),
-        (json.dumps({"conversations": [{"from": "human", "value": "<image>"}]}), "more <image> than pictures"),
+        (json.dumps({"conversations": [{"from": "human", "value": "<image>"}]}), "more <image> than images"),
         (json.dumps({"image": "no.png", "conversations": []}), "no <image> stands for"),
         (json.dumps({"conversations": [{"from": "robot", "value": ""}]}), '"from" must be'),
     ],
@@ -115,7 +115,7 @@ def test_a_broken_line_is_named(tmp_path, line, message):
 
 
 def test_broken_rows_are_counted_and_named_and_the_others_used(tmp_path):
-    images = [png(), b"no picture", png(), None]
+    images = [png(), b"no image", png(), None]
     captions = [json.dumps("w0"), json.dumps("w1"), "no json", json.dumps("w3")]
     parquet(tmp_path / "a.parquet", {"image": images, "captions": captions}, rows_a_group=4)
     data = toy_data({"files": TextToImage(tmp_path, MAKER)}, token_budget=30, streams=1)
@@ -160,9 +160,9 @@ def test_a_batch_is_packed_first_fit_with_those_that_waited_first():
     lengths = iter([5, 6, 4, 3, 8, 2, 2, 9, 9, 9, 9, 9, 9])
     data = toy_data({"texts": Generated(lambda rng: counted(next(lengths)))}, token_budget=10, streams=1, patience=2)
     stream = Stream(data, 0)
-    assert stream.next_batch().layout.lengths == (5, 4)  # 6 and then 3 wait
-    assert stream.next_batch().layout.lengths == (6, 3)  # 8 and 2 wait
-    assert stream.next_batch().layout.lengths == (8, 2)
+    assert stream.next_batch().packed.layout.lengths == (5, 4)  # 6 and then 3 wait
+    assert stream.next_batch().packed.layout.lengths == (6, 3)  # 8 and 2 wait
+    assert stream.next_batch().packed.layout.lengths == (8, 2)
 
 
 def test_no_batch_is_over_budget_and_few_tokens_are_wasted():
@@ -188,7 +188,7 @@ def test_tokens_are_counted_as_they_are_packed():
     for source in (*SOURCES.values(), Generated(writing)):
         segments = build(source.sample(0, rng), data.rules, rng)
         assert all(isinstance(segment, Text | ViTImage | LatentImage) for segment in segments)
-        assert token_count(segments) == collate([segments], image_tokens=(1, 2)).tokens
+        assert sum(segment.length for segment in segments) == collate([segments], image_tokens=(1, 2)).tokens
 
 
 def fingerprint(batch) -> tuple:

@@ -26,7 +26,8 @@ def losses_and_gradients(kind: str):
     model = fresh_model(wide).cuda()
     batch = Stream(toy_data(token_budget=3000), 0).next_batch().to("cuda")
     packed = on_device(batch, vae=None, patch=2, generator=torch.Generator("cuda").manual_seed(0))
-    loss = model.losses(packed, attend=attention_of(batch.layout, kind=kind, dtype=torch.float32)).loss
+    model.attention = attention_of(kind, device=model.device, dtype=torch.float32)
+    loss = model.losses(packed).loss
     loss.backward()
     return loss, {name: parameter.grad for name, parameter in model.named_parameters() if parameter.grad is not None}
 

@@ -1,4 +1,4 @@
-"""From items to packed batches: the official plans, the fast packer against `pack`, and both attention masks."""
+"""From items to packed batches: the official plans, batches in one piece of memory, and both attention masks."""
 
 from __future__ import annotations
 
@@ -6,13 +6,15 @@ import random
 
 import pytest
 import torch
-from conftest import assert_close, golden, golden_json, load_model
+from conftest import assert_close, golden, golden_json
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.utils._pytree import tree_leaves
+from training_world import attending, reference
 
 from bagel.image import patchify
-from bagel.modeling.plan import plan_packed
-from bagel.packing import IGNORE, DroppedImage, Frames, LatentImage, Text, ViTImage, pack
+from bagel.modeling import SDPA
+from bagel.packing import IGNORE, DroppedImage, Frames, LatentImage, Packed, Text, ViTImage, pack
 from bagel.training.batch import Batch, collate, noised, on_device, padding
 from bagel.training.masks import DenseAttention, FlexAttention, _fused, _grouped, attention_of
 from bagel.training.samples import (
@@ -41,10 +43,11 @@ class Official:
     """The items of a golden training step, with the times that were drawn for it."""
 
     def __init__(self, name: str) -> None:
-        self.parts, self.want, self.plan = load_model("tiny"), golden("tiny", name), golden_json("tiny", "cases")[name]
+        self.model, _, self.processor = reference("tiny")
+        self.want, self.plan = golden("tiny", name), golden_json("tiny", "cases")[name]
         dropped = Dropout(1.0, 1.0, 1.0) if self.plan.get("dropout") == 1.0 else Dropout(0.0, 0.0, 0.0)
         shift = self.plan.get("timestep_shift", 1.0)
-        tokenizer = self.parts.tokenizer
+        tokenizer = self.processor.tokenizer
         self.rules = Rules(tokenizer.bos_id, tokenizer.eos_id, 64, shift, dropped, weight_by_length=True)
         sizes = self.want["vit_token_seqlens"].tolist()
         cells = self.want["packed_vit_position_ids"].split(sizes)
@@ -57,7 +60,7 @@ class Official:
         for latent, (h, w) in zip(self.want["padded_latent"], self.plan["patchified_vae_latent_shapes"], strict=True):
             logit = self.want["packed_timesteps"][row].item()
             row += h * w
-            yield patchify(latent[:, : 2 * h, : 2 * w], 2), self.parts.latent_cells(16 * h, 16 * w), logit
+            yield patchify(latent[:, : 2 * h, : 2 * w], 2), self.processor.grid(16 * h, 16 * w), logit
 
     def latent(self, item, *, frame: bool = False, first: bool = True) -> LatentItem:
         if item["enable_cfg"] and self.rules.dropout.vae == 1.0:  # dropped: the golden batch has no latents for it
@@ -71,7 +74,7 @@ class Official:
         items, texts, frames, deltas = [], iter(sample["text"]), [], []
         for item in sample["plan"]:
             if item["type"] == "text":
-                ids = self.parts.tokenizer.encode(next(texts))
+                ids = self.processor.tokenizer.encode(next(texts))
                 label = item["special_token_label"] if item["special_token_loss"] else None
                 items.append(TextItem(ids, bool(item["loss"]), bool(item["enable_cfg"]), label))
             elif item["type"] == "vit_image":
@@ -97,12 +100,11 @@ class Official:
 @pytest.mark.parametrize("name", ["train_step", "train_step_mixed"])
 def test_items_become_the_official_batch(name):
     official = Official(name)
-    want, image_tokens = official.want, official.parts.image_tokens
+    want, image_tokens = official.want, official.processor.image_tokens
     samples = official.samples()
-    reference, batch = pack(samples, image_tokens=image_tokens), collate(samples, image_tokens=image_tokens)
-    packed, order = batch.packed, batch.layout.rows
+    packed = collate(samples, image_tokens=image_tokens).packed
+    order = packed.order
     sequence, num_und = torch.argsort(order), packed.und_positions.shape[0]
-    assert torch.equal(order, reference.order)
     assert torch.equal(torch.cat([packed.und_positions, packed.gen_positions])[order], want["packed_position_ids"])
     assert torch.equal(packed.text_ids, want["packed_text_ids"])
     assert torch.equal(sequence[packed.text_rows], want["packed_text_indexes"])
@@ -112,19 +114,18 @@ def test_items_become_the_official_batch(name):
     assert torch.equal(packed.labels, want["packed_label_ids"])
     assert torch.equal(sequence[num_und + packed.target_rows], want["mse_loss_indexes"])
     assert_close(packed.label_weights, want["ce_loss_weights"])
-    for index, sample in enumerate(reference.samples):
+    for index, sample in enumerate(packed.samples):
         assert torch.equal(sample.mask(), want[f"attention_mask{index}"])
 
 
 @pytest.mark.parametrize("name", ["train_step", "train_step_mixed"])
 @pytest.mark.parametrize("kind", ["dense", "flex"])
 def test_losses_of_the_official_batch_agree(name, kind):
-    official = Official(name)
-    batch = collate(official.samples(), image_tokens=official.parts.image_tokens)
+    official, attention = Official(name), attention_of(kind, device=torch.device("cpu"), dtype=torch.float32)
+    batch = collate(official.samples(), image_tokens=official.processor.image_tokens)
     packed = noised(batch.packed, official.want["noise"])
-    attend = attention_of(batch.layout, kind=kind, dtype=torch.float32)
-    with torch.no_grad():
-        losses = official.parts.model.losses(packed, attend=attend)
+    with torch.no_grad(), attending(official.model, attention):
+        losses = official.model.losses(packed)
     assert_close(losses.ce, official.want["ce"])
     assert_close(losses.mse, official.want["mse"])
     if name == "train_step_mixed":  # the other one's loss is not weighted
@@ -151,7 +152,7 @@ def test_a_special_label_is_what_eos_predicts_with_weight_one():
     assert text.weights.tolist() == [0.5, 0.5, 0.5, 0.5, 1.0]
 
 
-def test_a_dropped_picture_keeps_its_position_and_a_dropped_text_does_not():
+def test_a_dropped_image_keeps_its_position_and_a_dropped_text_does_not():
     rules = Rules(bos=7, eos=8, latent_dim=LATENT, dropout=Dropout(1.0, 1.0, 1.0))
     seen = ViTItem(torch.zeros(3, PATCH), torch.arange(3), droppable=True)
     items = [latent_item(droppable=True), seen, TextItem([1], droppable=True), latent_item(loss=True)]
@@ -245,21 +246,27 @@ def some_tokens(samples) -> bool:
     return any(not isinstance(segment, DroppedImage) for sample in samples for segment in sample)
 
 
-@settings(max_examples=40, deadline=None)
-@given(SAMPLES.filter(some_tokens))
-def test_collate_gives_what_pack_gives(samples):
-    want, batch = pack(samples, image_tokens=IMAGE_TOKENS), collate(samples, image_tokens=IMAGE_TOKENS)
-    assert torch.equal(batch.layout.rows, want.order)
-    assert batch.layout.lengths == tuple(len(sample) for sample in want.samples)
-    for name, value in vars(want).items():
-        found = getattr(batch.packed, name)
-        if name == "samples":
-            continue
-        if isinstance(value, torch.Tensor) and value.numel():
-            assert found.dtype == value.dtype, name
-            assert torch.equal(found, value), name
-        elif not isinstance(value, torch.Tensor):
-            assert found == value, name
+def assert_same(found: Packed, wanted: Packed) -> None:
+    for a, b in zip(tree_leaves(found), tree_leaves(wanted), strict=True):
+        assert type(a) is type(b)
+        assert (a.dtype == b.dtype and torch.equal(a, b)) if isinstance(a, torch.Tensor) else a == b
+    assert found.layout.runs == wanted.layout.runs
+    assert found.next_positions == wanted.next_positions
+
+
+def test_a_batch_is_what_pack_gives_with_the_tokens_of_its_layout():
+    samples = [[segment_text(3, True), segment_latents(2, True)], [segment_text(1, False)]]
+    batch, packed = collate(samples, image_tokens=IMAGE_TOKENS), pack(samples, image_tokens=IMAGE_TOKENS)
+    assert packed.layout.computed is None
+    assert batch.packed.layout.computed is not None
+    assert packed.layout.tokens is packed.layout.computed
+    assert_same(batch.packed, packed)
+    assert batch.tokens == 8
+
+
+def test_a_batch_of_no_tokens_is_an_error():
+    with pytest.raises(ValueError, match="at least one token"):
+        collate([[DroppedImage()]], image_tokens=IMAGE_TOKENS)
 
 
 def test_a_flat_batch_is_the_same_batch():
@@ -267,15 +274,8 @@ def test_a_flat_batch_is_the_same_batch():
     batch = collate([segments, segments[:1]], image_tokens=IMAGE_TOKENS)
     flat = batch.flat()
     assert flat.skeleton.tokens == batch.tokens
-    again = flat.to("cpu")
-    for part in ("packed", "layout"):
-        for name, value in vars(getattr(batch, part)).items():
-            found = getattr(getattr(again, part), name)
-            if isinstance(value, torch.Tensor):
-                assert found.dtype == value.dtype
-                assert torch.equal(found, value)
-            else:
-                assert found == value
+    assert_same(flat.to("cpu").packed, batch.packed)
+    assert_same(batch.to("cpu").packed, batch.packed)
 
 
 # Attention ------------------------------------------------------------------------------------------------------------
@@ -290,12 +290,13 @@ def heads(count: int, seed: int, *, query_heads: int = 4, kv_heads: int = 2, siz
 @settings(max_examples=15, deadline=None)
 @given(SAMPLES.filter(some_tokens))
 def test_dense_and_flex_attention_are_the_plan_sample_by_sample(samples):
-    packed, batch = pack(samples, image_tokens=IMAGE_TOKENS), collate(samples, image_tokens=IMAGE_TOKENS)
+    packed = pack(samples, image_tokens=IMAGE_TOKENS)
     und, gen = heads(packed.und_positions.shape[0], 1), heads(packed.gen_positions.shape[0], 2)
     with torch.no_grad():
-        want = torch.cat(plan_packed(packed, device=torch.device("cpu"))(0, und, gen))
-        dense = torch.cat(DenseAttention(batch.layout, dtype=torch.float32)(0, und, gen))
-        flex = torch.cat(FlexAttention(batch.layout, compiled=False)(0, und, gen))
+        want, dense, flex = (
+            torch.cat(attention.plan(packed.layout)(0, und, gen))
+            for attention in (SDPA(), DenseAttention(), FlexAttention(compiled=False))
+        )
     assert_close(dense, want)
     assert_close(flex, want)
 
@@ -312,12 +313,12 @@ def test_grouped_attention_is_fused_attention(dtype):
 
 def test_gradients_of_dense_attention_are_those_of_the_plan():
     samples = [[segment_text(9, True), segment_latents(20, True)], [segment_latents(3, False), segment_text(2, False)]]
-    packed, batch = pack(samples, image_tokens=IMAGE_TOKENS), collate(samples, image_tokens=IMAGE_TOKENS)
+    packed = pack(samples, image_tokens=IMAGE_TOKENS)
     und, gen = heads(packed.und_positions.shape[0], 1), heads(packed.gen_positions.shape[0], 2)
-    weight = torch.randn(batch.tokens, 4, 8, generator=torch.Generator().manual_seed(3))
+    weight = torch.randn(len(packed.order), 4, 8, generator=torch.Generator().manual_seed(3))
     gradients = []
-    for attend in (plan_packed(packed, device=torch.device("cpu")), DenseAttention(batch.layout, dtype=torch.float32)):
-        loss = (torch.cat(attend(0, und, gen)) * weight).sum()
+    for attention in (SDPA(), DenseAttention()):
+        loss = (torch.cat(attention.plan(packed.layout)(0, und, gen)) * weight).sum()
         gradients.append(torch.autograd.grad(loss, (*und, *gen)))
     for found, want in zip(*gradients, strict=True):
         assert_close(found, want)
@@ -327,10 +328,10 @@ def test_gradients_of_dense_attention_are_those_of_the_plan():
 
 
 def test_pixels_are_encoded_in_their_rows_and_noise_makes_the_velocity():
-    parts = load_model("tiny")
-    vae, generator = parts.vae, torch.Generator().manual_seed(0)
+    _, vae, processor = reference("tiny")
+    generator = torch.Generator().manual_seed(0)
     bytes_ = torch.randint(0, 256, (3, 32, 48), generator=generator, dtype=torch.uint8)
-    cells = parts.latent_cells(32, 48)
+    cells = processor.grid(32, 48)
     rules = Rules(bos=7, eos=8, latent_dim=64)
     items = [LatentItem(torch.ones(6, 64), cells), TextItem([1]), LatentItem(bytes_, cells, loss=True)]
     (clean, _, target) = segments = build(items, rules, random.Random(0))
@@ -348,21 +349,21 @@ def test_pixels_are_encoded_in_their_rows_and_noise_makes_the_velocity():
     assert_close(packed.velocity, noise[6:] - z)
 
 
-def test_few_numbers_of_pictures_are_encoded():
+def test_few_numbers_of_images_are_encoded():
     sizes = [count + padding(count) for count in range(1, 1025)]
     assert all(count <= size <= 9 / 8 * count for count, size in enumerate(sizes, 1))
     assert len(set(sizes)) == 64
 
 
-def test_a_picture_shown_twice_is_encoded_once():
-    parts = load_model("tiny")
+def test_an_image_shown_twice_is_encoded_once():
+    _, vae, processor = reference("tiny")
     content = torch.randint(0, 256, (3, 32, 48), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
-    target = LatentItem(content, parts.latent_cells(32, 48), loss=True)
-    other = LatentItem(content + 1, parts.latent_cells(32, 48))
+    target = LatentItem(content, processor.grid(32, 48), loss=True)
+    other = LatentItem(content + 1, processor.grid(32, 48))
     samples = [build(items, Rules(7, 8, 64), random.Random(0)) for items in ([other, target, target], [target])]
     batch = collate(samples, image_tokens=IMAGE_TOKENS)
     assert [len(pixels) for pixels in batch.pixels] == [2]
-    packed = on_device(batch.flat().to("cpu"), vae=parts.vae, patch=2, generator=torch.Generator().manual_seed(5))
+    packed = on_device(batch.flat().to("cpu"), vae=vae, patch=2, generator=torch.Generator().manual_seed(5))
     clean = packed.latents[6:] - packed.timesteps[6:, None] * packed.velocity  # x_t - t (noise - z)
     first, second, third = clean.split(6)
     assert_close(second, first)

@@ -1,4 +1,4 @@
-"""Two hundred steps on the shapes world, from scratch: pictures from captions, and answers about pictures."""
+"""Two hundred steps on the shapes world, from scratch: images from captions, and answers about images."""
 
 from __future__ import annotations
 

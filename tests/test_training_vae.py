@@ -26,7 +26,7 @@ def _one_thread():
     torch.set_num_threads(before)
 
 
-def picture(rng: random.Random) -> torch.Tensor:
+def image(rng: random.Random) -> torch.Tensor:
     """Two halves of flat colours."""
     left, right = (torch.tensor([rng.randrange(256) for _ in range(3)], dtype=torch.uint8) for _ in range(2))
     pixels = left[:, None, None].repeat(1, 8, 12)
@@ -40,13 +40,13 @@ def new_vae(seed: int = 0) -> Autoencoder:
 
 
 def one_of_eight(rng: random.Random) -> torch.Tensor:
-    return picture(random.Random(rng.randrange(8)))
+    return image(random.Random(rng.randrange(8)))
 
 
-def trainer(out, *, vae=None, pictures=picture, decoder_only=False, latent_noise=0.0, **settings) -> VAETrainer:
+def trainer(out, *, vae=None, images=image, decoder_only=False, latent_noise=0.0, **settings) -> VAETrainer:
     settings = {"steps": 4, "lr": 2e-3, "warmup": 2, "log_every": 1, **settings}
     rest = {"decoder_only": decoder_only, "latent_noise": latent_noise, "progress": False}
-    return VAETrainer(vae or new_vae(), pictures, TrainConfig(**settings), batch_size=4, out=out, **rest)
+    return VAETrainer(vae or new_vae(), images, TrainConfig(**settings), batch_size=4, out=out, **rest)
 
 
 def test_terms_are_what_they_say():
@@ -67,14 +67,14 @@ def test_terms_are_what_they_say():
 
 
 def test_it_learns_to_reconstruct(tmp_path):
-    trainer(tmp_path, pictures=one_of_eight, steps=250, log_every=5).fit()
+    trainer(tmp_path, images=one_of_eight, steps=250, log_every=5).fit()
     log = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
     assert log[0]["l1"] > 0.35
     assert sum(line["l1"] for line in log[-5:]) / 5 < 0.2
 
 
 def test_statistics_give_latents_mean_zero_and_deviation_one():
-    pixels = torch.stack([picture(random.Random(i)) for i in range(64)]).float() / 127.5 - 1
+    pixels = torch.stack([image(random.Random(i)) for i in range(64)]).float() / 127.5 - 1
     config = latent_statistics(new_vae(), pixels.split(16), torch.Generator().manual_seed(0))
     vae = Autoencoder(config)
     vae.load_state_dict(new_vae().state_dict())
@@ -95,13 +95,13 @@ def test_the_result_is_the_average_with_its_statistics_written_beside_it(tmp_pat
 
 
 def test_a_decoder_trained_on_noisy_latents_forgives_noise_and_leaves_the_latents(tmp_path):
-    vae = trainer(tmp_path / "vae", pictures=one_of_eight, steps=150, log_every=50, ema_decay=0.9).fit()
+    vae = trainer(tmp_path / "vae", images=one_of_eight, steps=150, log_every=50, ema_decay=0.9).fit()
     pixels = torch.stack([one_of_eight(random.Random(i)) for i in range(16)]).float() / 127.5 - 1
     latents = vae.encode(pixels, None)
     noisy = latents + torch.randn(latents.shape, generator=torch.Generator().manual_seed(0))
     before = (vae.decode(noisy) - pixels).square().mean()
     settings = {"decoder_only": True, "latent_noise": 2.0, "steps": 150, "log_every": 50, "ema_decay": 0.9}
-    done = trainer(tmp_path / "decoder", vae=vae, pictures=one_of_eight, **settings).fit()
+    done = trainer(tmp_path / "decoder", vae=vae, images=one_of_eight, **settings).fit()
     assert done.config == vae.config
     assert torch.equal(done.encode(pixels, None), latents)
     assert (done.decode(noisy) - pixels).square().mean() < 0.7 * before
@@ -129,6 +129,6 @@ def test_a_killed_run_resumes_to_equal_weights(tmp_path, workers, settings):
 def test_weights_of_zero_switch_terms_off(tmp_path):
     config = TrainConfig(steps=1)
     weights = VAELossWeights(l1=0, l2=0, gradient=0, kl=1)
-    training = VAETrainer(new_vae(), picture, config, batch_size=2, out=tmp_path, weights=weights, progress=False)
-    terms = training.step(torch.stack([picture(random.Random(i)) for i in range(2)]))
+    training = VAETrainer(new_vae(), image, config, batch_size=2, out=tmp_path, weights=weights, progress=False)
+    terms = training.step(torch.stack([image(random.Random(i)) for i in range(2)]))
     torch.testing.assert_close(terms["loss"], terms["kl"])

@@ -147,7 +147,7 @@ def test_decode_undoes_the_sizes_of_encode():
     assert vae.decode(latents).shape == (2, 3, 16, 28)
 
 
-def test_pictures_of_a_batch_do_not_meet():
+def test_images_of_a_batch_do_not_meet():
     vae, pixels = random_vae(), randn(2, 3, 16, 28)
     latents = vae.encode(pixels, None)
     assert_close(latents, torch.cat([vae.encode(one[None], None) for one in pixels]))

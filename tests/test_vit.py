@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 
 import pytest
@@ -11,6 +12,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from bagel.config import ViTConfig
+from bagel.modeling.attention import SDPA, Reference
 from bagel.vit import SiglipViT
 from bagel.vit.rope import rotary_table, rotate
 
@@ -27,7 +29,7 @@ def assert_close(got: Tensor, want: Tensor, tolerance: float = 1e-5) -> None:
 
 def random_vit(seed: int = 0, **changes) -> SiglipViT:
     """A small encoder with weights large enough for every layer to matter."""
-    config = ViTConfig(**{**vars(SMALL), **changes})
+    config = dataclasses.replace(SMALL, **changes)
     vit = SiglipViT(config)
     generator = torch.Generator().manual_seed(seed)
     for name, parameter in vit.named_parameters():
@@ -131,7 +133,7 @@ def test_features_match_transformers_siglip():
 
 @pytest.mark.parametrize("rope", [False, True])
 @pytest.mark.parametrize("shapes", [[(2, 3), (4, 5), (1, 1)], [(2, 6), (3, 4), (4, 3)]], ids=["unequal", "equal"])
-def test_packed_pictures_equal_one_by_one(rope, shapes):
+def test_packed_images_equal_one_by_one(rope, shapes):
     vit = random_vit(rope=rope)
     ids = [grid_ids(*shape, side=7) for shape in shapes]
     lengths = [len(i) for i in ids]
@@ -142,7 +144,7 @@ def test_packed_pictures_equal_one_by_one(rope, shapes):
 
 
 @pytest.mark.parametrize("rope", [False, True])
-def test_swapping_two_pictures_swaps_their_features(rope):
+def test_swapping_two_images_swaps_their_features(rope):
     vit = random_vit(rope=rope)
     ids = torch.cat([grid_ids(2, 3, 7), grid_ids(3, 5, 7)])
     patches = random_patches(vit, 21)
@@ -152,7 +154,7 @@ def test_swapping_two_pictures_swaps_their_features(rope):
 
 
 @pytest.mark.parametrize("rope", [False, True])
-def test_a_patch_changes_its_own_picture_only(rope):
+def test_a_patch_changes_its_own_image_only(rope):
     vit = random_vit(rope=rope)
     ids = torch.cat([grid_ids(2, 3, 7), grid_ids(3, 5, 7)])
     patches = random_patches(vit, 21)
@@ -227,6 +229,25 @@ def test_released_sizes_match_the_published_table():
     }
     assert len(official) == 26 * 16 + 5
     assert sum(p.numel() for p in vit.parameters()) == sum(value.numel() for value in official.values())
+
+
+@pytest.mark.parametrize("shapes", [[(2, 3), (4, 5)], [(2, 6), (3, 4)]], ids=["unequal", "equal"])
+def test_another_attention_may_gather_and_gets_every_layer(shapes):
+    vit, asked = random_vit(), []
+    ids = torch.cat([grid_ids(*shape, side=7) for shape in shapes])
+    lengths = [rows * columns for rows, columns in shapes]
+    patches = random_patches(vit, sum(lengths))
+    wanted = vit(patches, ids, lengths)
+
+    def attend(q, k, v, *, layer):
+        asked.append((layer, q.shape[:2]))
+        return Reference()(q, k, v)
+
+    for attention in (attend, Reference(), SDPA()):
+        vit.attention = attention
+        assert_close(vit(patches, ids, lengths), wanted)
+    counts = [(2, lengths[0])] if len(set(lengths)) == 1 else [(1, length) for length in lengths]
+    assert asked == [(layer, count) for layer in range(len(vit.layers)) for count in counts]
 
 
 @pytest.mark.parametrize("lengths", [[6, 14], [6, 16], [21, 0], [22, -1], []])

@@ -1,4 +1,4 @@
-"""A toy world to train on in seconds: pictures of one flat colour, and the word for it."""
+"""A toy world to train on in seconds: images of one flat colour, and the word for it."""
 
 from __future__ import annotations
 
@@ -6,6 +6,8 @@ import os
 import random
 import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import lru_cache
 from pathlib import Path
 
@@ -13,7 +15,9 @@ import torch
 from conftest import REFERENCE
 
 from bagel.config import BagelConfig, DecoderConfig, ImageTransform, VAEConfig, ViTConfig
+from bagel.loading import load_parts
 from bagel.modeling import Bagel
+from bagel.processor import Processor
 from bagel.tokenizer import Tokenizer
 from bagel.training import Data, Generated, LatentItem, Rules, TextItem, TrainConfig, Trainer, ViTItem, fresh_model
 from bagel.vae import Autoencoder
@@ -44,6 +48,31 @@ CONFIG = BagelConfig(
 @lru_cache
 def tokenizer() -> Tokenizer:
     return Tokenizer.from_pretrained(REFERENCE / "tiny" / "checkpoint")
+
+
+@lru_cache
+def reference(variant: str) -> tuple[Bagel, Autoencoder, Processor]:
+    """A reference model in float32 with its autoencoder and processor; tests must not change it."""
+    return new_reference(variant)
+
+
+def new_reference(variant: str) -> tuple[Bagel, Autoencoder, Processor]:
+    """The same, to be changed."""
+    model, vae, tokenizer = load_parts(
+        REFERENCE / variant / "checkpoint", device="cpu", dtype="float32", progress=False
+    )
+    assert vae is not None
+    return model, vae, Processor(model.config, tokenizer)
+
+
+@contextmanager
+def attending(model: Bagel, attention) -> Iterator[None]:
+    """Let a model attend with another object for a while."""
+    before, model.attention = model.attention, attention
+    try:
+        yield
+    finally:
+        model.attention = before
 
 
 def color_latents(color: int) -> torch.Tensor:

@@ -171,13 +171,13 @@ def _choose_halves(
 ) -> tuple[BagelConfig, tuple[str, ...]]:
     lacks: list[str] = []
     for asked, there, name, half, cannot in (
-        (visual_gen, whole.visual_gen, "visual_gen", "generating", "it cannot draw or edit pictures"),
+        (visual_gen, whole.visual_gen, "visual_gen", "generating", "it cannot draw or edit images"),
         (
             visual_und,
             whole.visual_und,
             "visual_und",
             "vision",
-            "it cannot see pictures, so not edit them either",
+            "it cannot see images, so not edit them either",
         ),
     ):
         if asked and not there:

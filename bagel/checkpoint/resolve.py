@@ -77,7 +77,7 @@ class Resolver:
         )
 
     def _check_unstated(self) -> None:
-        # The released values fit the released sizes; elsewhere a guess could draw wrong pictures without a word.
+        # The released values fit the released sizes; elsewhere a guess could draw wrong images without a word.
         if self.stated.unreadable is not None:
             raise CheckpointError(
                 f"{self.stated.unreadable}, and these are not the released 7B's sizes, whose values could stand in: "
@@ -257,7 +257,7 @@ class Resolver:
         if fitted != rule:
             self.notes.append(
                 f"no config.json says {name}: the released rule is cut down to sides of {fitted.min_image_size} to "
-                f"{limit} pixels in steps of {stride}, so that pictures fit this model"
+                f"{limit} pixels in steps of {stride}, so that images fit this model"
             )
         return fitted
 

@@ -45,11 +45,11 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _run(args: Namespace) -> None:
     match args.command:
         case "text-to-image":
-            from bagel.cli.pictures import text_to_image
+            from bagel.cli.images import text_to_image
 
             text_to_image(args)
         case "edit":
-            from bagel.cli.pictures import edit
+            from bagel.cli.images import edit
 
             edit(args)
         case "understand":

@@ -2,32 +2,32 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import sys
 from argparse import Namespace
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Callable, Iterator
+from contextlib import closing, suppress
+from dataclasses import replace
 
 from bagel.cli.arguments import given_options
 from bagel.cli.model import check_options, load, open_images
-from bagel.image import ImageError, open_image
-from bagel.inputs import Input
-from bagel.pipeline import BagelPipeline
+from bagel.generation import Session
+from bagel.image import open_image
+from bagel.options import THINK_UNDERSTAND, TextOptions
 
-HELP = "commands: /image PATH shows a picture, /reset forgets everything, /quit leaves"
+HELP = "commands: /image PATH shows an image, /reset forgets everything, /quit leaves"
 
 
 def understand(args: Namespace) -> None:
     """Print the answer to one question."""
-    check_options(args, "understand", "text")
-    images = open_images(args.images)
+    options: TextOptions = check_options(args, "understand")
+    images = open_images(args.images, exif=options.exif)
     pipe = load(args, draws=False)
-    options = _options(args)
+    given = {"preset": args.preset, "seed": args.seed} | given_options(args)
     if args.stream:
-        _print_pieces(pipe.stream([*images, args.question], **options))
+        _print_pieces(pipe.stream([*images, args.question], **given))
         return
-    result = pipe.understand(images, args.question, **options)
+    result = pipe.understand(images, args.question, **given)
     if args.json:
         row = {
             "text": result.text,
@@ -41,25 +41,32 @@ def understand(args: Namespace) -> None:
 
 
 def chat(args: Namespace) -> None:
-    """Talk until the input ends; everything said and shown stays in the context until /reset."""
-    check_options(args, "understand", "text")
-    chat = Chat(load(args, draws=False), _options(args))
+    """Talk until the input ends; everything said and shown stays in the session until /reset."""
+    options: TextOptions = replace(check_options(args, "understand"), seed=args.seed)
+    pipe = load(args, draws=False)
+    system = THINK_UNDERSTAND if options.think and options.system_prompt is None else None
+    # Without an autoencoder: images that are only asked about enter by the ViT alone.
+    chat = Chat(Session(pipe.model, None, pipe.processor, options, system_prompt=system), options)
     if sys.stdin.isatty():
-        with contextlib.suppress(ImportError):
+        with suppress(ImportError):
             import readline  # noqa: F401 - gives input() a line editor
         print(HELP, file=sys.stderr)
-    with contextlib.suppress(KeyboardInterrupt):  # at the prompt; during an answer `say` takes it
+    with suppress(KeyboardInterrupt):  # at the prompt; what is under way is stopped by `say`
         for line in _lines():
             if not chat.say(line):
                 return
 
 
 class Chat:
-    """A conversation: the texts, pictures and answers so far, all read again for each answer."""
+    """A conversation at a terminal.
 
-    def __init__(self, pipe: BagelPipeline, options: dict[str, Any]) -> None:
-        self.pipe, self.options = pipe, options
-        self.history: list[Input] = []
+    Args:
+        session: holds the texts, images and answers so far.
+        options: how answers are written.
+    """
+
+    def __init__(self, session: Session, options: TextOptions) -> None:
+        self.session, self.options = session, options
 
     def say(self, line: str) -> bool:
         """Obey a command or answer a line; return whether the conversation goes on."""
@@ -67,43 +74,41 @@ class Chat:
         if line == "/quit":
             return False
         if line == "/reset":
-            self.history.clear()
+            self.session.reset()
         elif line.startswith("/image "):
-            self._show(line.removeprefix("/image ").strip())
+            self._try(self._show, line.removeprefix("/image ").strip())
         elif line.startswith("/"):
             print(HELP, file=sys.stderr)
         elif line:
-            self._answer(line)
+            self._try(self._answer, line)
         return True
 
-    def _show(self, path: str) -> None:
+    def _try(self, act: Callable[[str], None], said: str) -> None:
+        """Do something; an error is told and leaves no trace, Ctrl-C keeps what was answered before it."""
+        before = self.session.fork()
         try:
-            self.history.append(open_image(path.strip("'\"")))
-        except ImageError as error:
-            print(error, file=sys.stderr)
-
-    def _answer(self, question: str) -> None:
-        said: list[str] = []
-        try:
-            _print_pieces(self.pipe.stream([*self.history, question], **self.options), kept=said)
+            act(said)
         except KeyboardInterrupt:
             print(" [stopped]", flush=True)
-        except (ValueError, MemoryError) as error:  # the question is forgotten; shorter ones may still be answered
+        except (ValueError, MemoryError) as error:
+            self.session = before
             print(error, file=sys.stderr)
-            return
-        self.history.append(question)
-        if said:
-            self.history.append("".join(said))
+
+    def _show(self, path: str) -> None:
+        self.session.read(open_image(path.strip("'\""), exif=self.options.exif))
+
+    def _answer(self, question: str) -> None:
+        options = self.options
+        answer = self.session.read(question).stream(
+            max_new_tokens=options.text_limit, stop=options.stop, sampling=options.chooser
+        )
+        # Closed at once, so that what was said of a stopped answer is in the session.
+        with closing(answer):  # pyright: ignore[reportArgumentType] - it is a generator
+            _print_pieces(answer)
 
 
-def _options(args: Namespace) -> dict[str, Any]:
-    return {"preset": args.preset, "seed": args.seed} | given_options(args)
-
-
-def _print_pieces(pieces: Iterator[str], *, kept: list[str] | None = None) -> None:
+def _print_pieces(pieces: Iterator[str]) -> None:
     for piece in pieces:
-        if kept is not None:
-            kept.append(piece)
         print(piece, end="", flush=True)
     print(flush=True)
 
@@ -113,6 +118,6 @@ def _lines() -> Iterator[str]:
     if not sys.stdin.isatty():
         yield from sys.stdin
         return
-    with contextlib.suppress(EOFError):
+    with suppress(EOFError):
         while True:
             yield input("> ")

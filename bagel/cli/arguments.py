@@ -1,10 +1,11 @@
-"""What can be typed: every command with its options. Nothing heavy is imported here."""
+"""What can be typed: every command with its options. Nothing heavy is imported until a command needs it."""
 
 from __future__ import annotations
 
 import argparse
 import os
-from argparse import SUPPRESS, ArgumentParser, RawDescriptionHelpFormatter
+from argparse import ArgumentParser, RawDescriptionHelpFormatter
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import bagel
@@ -43,7 +44,7 @@ bagel COMMAND --help tells the rest. BAGEL_MODEL names the model to use where --
   printf '/image photo.jpg\\nWhat is this?\\n' | bagel chat
 
 in the chat:
-  /image PATH   show a picture; the next question may be about it
+  /image PATH   show an image; the next question may be about it
   /reset        forget everything said and shown
   /quit         leave, as Ctrl-D and Ctrl-C do; Ctrl-C during an answer only stops that answer""",
     "inspect": """examples:
@@ -72,28 +73,36 @@ def build_parser() -> ArgumentParser:
     """Return the parser of the whole command."""
     parser = ArgumentParser(
         prog="bagel",
-        description="BAGEL: ask about pictures, draw them, edit them.",
+        description="BAGEL: ask about images, draw them, edit them.",
         epilog=EXAMPLES[""],
         formatter_class=RawDescriptionHelpFormatter,
     )
     parser.add_argument("--version", action="version", version=f"bagel-mot {bagel.__version__}")
-    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    _text_to_image(_command(commands, "text-to-image", "draw pictures from texts"))
-    _edit(_command(commands, "edit", "change a picture as a text says"))
-    _understand(_command(commands, "understand", "answer a question about pictures"))
-    _chat(_command(commands, "chat", "talk about pictures, with a memory"))
-    inspect = _command(commands, "inspect", "tell what a checkpoint folder holds and what fits this machine")
-    inspect.add_argument("folder", metavar="FOLDER", help="a checkpoint in the official layout")
-    inspect.add_argument("--verify", action="store_true", help="also read every file and compare its checksum")
-    _evaluate(
-        _command(commands, "evaluate", "measure a model on the shapes world: how often it is right, task by task")
-    )
-    demo = _command(commands, "demo", "show every task on the small built-in model, in seconds")
-    demo.add_argument("--out", metavar="DIR", default="out", help="where the pictures go (default: out)")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND", parser_class=_Command)
+    _command(commands, "text-to-image", "draw images from texts", _text_to_image)
+    _command(commands, "edit", "change an image as a text says", _edit)
+    _command(commands, "understand", "answer a question about images", _understand)
+    _command(commands, "chat", "talk about images, with a memory", _answer_options)
+    _command(commands, "inspect", "tell what a checkpoint folder holds and what fits this machine", _inspect)
+    does = "measure a model on the shapes world: how often it is right, task by task"
+    _command(commands, "evaluate", does, _evaluate)
+    _command(commands, "demo", "show every task on the small built-in model, in seconds", _demo)
     return parser
 
 
-def _command(commands: Any, name: str, does: str) -> ArgumentParser:
+class _Command(ArgumentParser):
+    """The parser of one command. It gets its arguments when it is used: the declarations of options import torch."""
+
+    fill: Callable[[ArgumentParser], None] | None = None
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        fill, self.fill = self.fill, None
+        if fill is not None:
+            fill(self)
+        return super().parse_known_args(args, namespace)
+
+
+def _command(commands: Any, name: str, does: str, fill: Callable[[ArgumentParser], None]) -> None:
     parser = commands.add_parser(
         name,
         help=does,
@@ -102,47 +111,44 @@ def _command(commands: Any, name: str, does: str) -> ArgumentParser:
         formatter_class=RawDescriptionHelpFormatter,
     )
     parser.add_argument("--debug", action="store_true", help="on an error show the traceback")
-    return parser
+    parser.fill = fill
 
 
 def _text_to_image(parser: ArgumentParser) -> None:
-    parser.add_argument("prompts", metavar="PROMPT", nargs="*", help="what to draw; each prompt makes one picture")
-    parser.add_argument("--prompts-file", metavar="FILE", help="more prompts, one a line; - reads standard input")
+    parser.add_argument("prompts", metavar="PROMPT", nargs="*", help="what to draw; each prompt makes one image")
+    parser.add_argument("--prompts-file", metavar="FILE", help="more prompts, one per line; - reads standard input")
     parser.add_argument("--batch-size", metavar="N", type=_positive, default=1, help="draw N at a time (default: 1)")
-    _output(parser)
-    _picture_options(parser)
-    _text_options(parser, limit="max_think_tokens", limits="the plan of --think")
-    _model(parser)
+    _image_options(parser, "text_to_image", without=("exif", "resize_once", "posterior"))
 
 
 def _edit(parser: ArgumentParser) -> None:
-    parser.add_argument(
-        "images", metavar="IMAGE", nargs="+", help="the picture to edit; several are all shown, in order"
-    )
+    parser.add_argument("images", metavar="IMAGE", nargs="+", help="the image to edit; several are all shown, in order")
     parser.add_argument("--instruction", metavar="TEXT", required=True, help="what to change")
-    _output(parser)
-    _picture_options(parser)
-    _text_options(parser, limit="max_think_tokens", limits="the plan of --think")
-    _model(parser)
+    _image_options(parser, "edit")
 
 
 def _understand(parser: ArgumentParser) -> None:
-    parser.add_argument("images", metavar="IMAGE", nargs="+", help="pictures, shown in order")
+    parser.add_argument("images", metavar="IMAGE", nargs="+", help="images, shown in order")
     parser.add_argument("--question", metavar="TEXT", required=True, help="what to ask about them")
     form = parser.add_mutually_exclusive_group()
     form.add_argument("--stream", action="store_true", help="print the answer as it is written")
     form.add_argument("--json", action="store_true", help="print one JSON object")
     _answer_options(parser)
-    _model(parser)
 
 
-def _chat(parser: ArgumentParser) -> None:
-    _answer_options(parser)
-    _model(parser)
+def _inspect(parser: ArgumentParser) -> None:
+    parser.add_argument("folder", metavar="FOLDER", help="a checkpoint in the official layout")
+    parser.add_argument("--verify", action="store_true", help="also read every file and compare its checksum")
+
+
+def _demo(parser: ArgumentParser) -> None:
+    parser.add_argument("--out", metavar="DIR", default="out", help="where the images go (default: out)")
 
 
 def _evaluate(parser: ArgumentParser) -> None:
-    parser.add_argument("--count", metavar="N", type=_positive, default=100, help="examples a row (default: 100)")
+    from bagel.options import GUIDANCE, Flow, Guiding
+
+    parser.add_argument("--count", metavar="N", type=_positive, default=100, help="examples per row (default: 100)")
     parser.add_argument(
         "--tasks",
         metavar="LIST",
@@ -153,21 +159,13 @@ def _evaluate(parser: ArgumentParser) -> None:
     )
     parser.add_argument("--seed", metavar="N", type=int, default=0, help="of examples and noise (default: 0)")
     parser.add_argument(
-        "--side", metavar="PIXELS", type=_positive, help="of the pictures (default: as large as the model draws)"
+        "--side", metavar="PIXELS", type=_positive, help="of the images (default: as large as the model draws)"
     )
     parser.add_argument("--batch-size", metavar="N", type=_positive, default=8, help="requests at a time (default: 8)")
     parser.add_argument("--json", metavar="FILE", help="write all figures and every failure to a new file")
-    parser.add_argument("--save", metavar="DIR", help="leave the pictures of failures and a contact sheet of them here")
-    _option(
-        parser,
-        "--steps",
-        "--num-timesteps",
-        metavar="N",
-        type=_positive,
-        help="times of the flow, one more than evaluations (default: 25)",
-    )
-    _option(parser, "--cfg-text-scale", metavar="A", type=float, help="how strongly to follow the text (default: 4)")
-    _option(parser, "--taylorseer", action="store_true", help="predict most evaluations: faster, lossy")
+    parser.add_argument("--save", metavar="DIR", help="leave the images of failures and a contact sheet of them here")
+    _options(parser, Flow, defaults={"num_timesteps": 25})
+    _options(parser, Guiding, without=[name for name in GUIDANCE if name != "cfg_text_scale"])
     parser.set_defaults(preset=None)
     _model(parser)
 
@@ -181,61 +179,40 @@ def _output(parser: ArgumentParser) -> None:
         help="a .png file, or a folder that gets bagel-0001.png and so on (default: the current folder)",
     )
     parser.add_argument("--force", action="store_true", help="replace the file OUT if it exists")
-    parser.add_argument("--json", action="store_true", help="print one JSON object a picture instead of its path")
+    parser.add_argument("--json", action="store_true", help="print one JSON object per image instead of its path")
 
 
-def _option(group: Any, *flags: str, **settings: Any) -> None:
-    """Declare an option of the pipeline, named by its last flag; task and preset decide where it is not typed."""
-    name = FOR_PIPELINE + flags[-1].removeprefix("--").replace("-", "_")
-    group.add_argument(*flags, dest=name, default=SUPPRESS, **settings)
+def _image_options(parser: ArgumentParser, task: str, *, without: Sequence[str] = ()) -> None:
+    from bagel.options import DEFAULTS, Drawing, Encoding, Planning, Reading, Shown
 
-
-def _picture_options(parser: ArgumentParser) -> None:
-    group = parser.add_argument_group("the picture")
-    group.add_argument(
-        "--seed",
-        metavar="N",
-        type=int,
-        help="of the first picture, the next has N+1 (default: random, kept in the PNG)",
-    )
+    _output(parser)
+    group = parser.add_argument_group("the image")
+    told = "of the first image, the next has N+1" if task == "text_to_image" else "of the noise"
+    group.add_argument("--seed", metavar="N", type=int, help=f"{told} (default: random, kept in the PNG)")
     group.add_argument("--preset", metavar="NAME", help="a set of options: notebook, app, gedit, draft")
-    _option(group, "--height", metavar="PIXELS", type=_positive, help="a multiple of 16")
-    _option(group, "--width", metavar="PIXELS", type=_positive, help="a multiple of 16")
-    _option(
-        group,
-        "--steps",
-        "--num-timesteps",
-        metavar="N",
-        type=_positive,
-        help="times of the flow, one more than evaluations (default: 50)",
-    )
-    _option(group, "--shift", "--timestep-shift", metavar="S", type=float, help="default: 3")
-    _option(group, "--cfg-text-scale", metavar="A", type=float, help="how strongly to follow the text (default: 4)")
-    _option(
-        group, "--cfg-img-scale", metavar="B", type=float, help="how strongly to follow the pictures (edit: 2, else 1)"
-    )
-    _option(group, "--cfg-interval", metavar=("LOW", "HIGH"), nargs=2, type=float, help="times that are guided")
-    _option(group, "--cfg-renorm-type", metavar="TYPE", help="global, channel or text_channel")
-    _option(group, "--cfg-renorm-min", metavar="M", type=float, help="0 to 1; 1 switches renormalisation off")
-    _option(group, "--negative-prompt", metavar="TEXT", help="what to keep away from")
-    _option(group, "--taylorseer", action="store_true", help="predict most evaluations: faster, lossy")
+    # One text has one way to be dropped.
+    _options(group, Drawing, without=("drop", *without), defaults=DEFAULTS.get(task))
+    _options(parser.add_argument_group("the plan"), Planning)
+    _options(parser.add_argument_group("reading"), Reading, Encoding, Shown, without=without)
+    _model(parser)
 
 
 def _answer_options(parser: ArgumentParser) -> None:
+    from bagel.options import Reading, Shown, Thinking, Writing
+
     parser.add_argument("--seed", metavar="N", type=int, help="for --do-sample (default: random)")
     parser.add_argument("--preset", metavar="NAME", help="a set of options: notebook, app, draft")
-    _text_options(parser, limit="max_new_tokens", limits="an answer")
-    _option(parser, "--stop", metavar="TEXT", action="append", help="end the answer before this text; may be repeated")
+    _options(parser.add_argument_group("the text"), Thinking, Writing)
+    _options(parser.add_argument_group("reading"), Reading, Shown)
+    _model(parser)
 
 
-def _text_options(parser: ArgumentParser, *, limit: str, limits: str) -> None:
-    group = parser.add_argument_group("the text")
-    _option(group, "--think", action="store_true", help="write down the reasoning first")
-    _option(group, f"--{limit.replace('_', '-')}", metavar="N", type=_positive, help=f"limit of {limits}, in tokens")
-    _option(group, "--system-prompt", metavar="TEXT", help="said before everything else, instead of that of --think")
-    _option(group, "--do-sample", action="store_true", help="draw tokens instead of taking the likeliest")
-    _option(group, "--temperature", metavar="T", type=float, help="for --do-sample (default: 0.3)")
-    _option(group, "--top-p", metavar="P", type=float, help="for --do-sample: draw among the likeliest P (default: 1)")
+def _options(group: Any, *kinds: Any, without: Sequence[str] = (), defaults: Any = None) -> None:
+    """Declare options of the pipeline; task and preset decide where one is not typed."""
+    from bagel.parameters import add_flags
+
+    for kind in kinds:
+        add_flags(group, kind, leave_out=without, defaults=defaults, dest=FOR_PIPELINE + "{}")
 
 
 def _model(parser: ArgumentParser) -> None:

@@ -12,7 +12,7 @@ import torch
 from PIL import Image, ImageOps
 
 import bagel
-from bagel.cli.pictures import describe
+from bagel.cli.images import describe
 from bagel.cli.sheet import COLUMN, Tile, contact_sheet, enlarged
 from bagel.demo import CHECKPOINT
 from bagel.evaluation.measurement import largest_side
@@ -46,7 +46,7 @@ FRAME_SECONDS = 0.35
 
 
 def demo(args: Namespace) -> None:
-    """Draw, ask, edit, think and predict with the built-in model; leave pictures, a film and a contact sheet."""
+    """Draw, ask, edit, think and predict with the built-in model; leave images, a film and a contact sheet."""
     folder = Path(args.out).expanduser()
     folder.mkdir(parents=True, exist_ok=True)
     with _one_thread():
@@ -54,22 +54,22 @@ def demo(args: Namespace) -> None:
 
 
 def _show(folder: Path) -> None:
-    with _timed("loaded the built-in model, a small BAGEL trained on coloured shapes"):
+    with _timed("loaded the built-in model, a small BAGEL trained on colored shapes"):
         pipe = BagelPipeline.from_pretrained(CHECKPOINT, device="cpu")
     drawn = _draw(pipe, folder)
-    changed = [*_edit(pipe, folder, drawn[0].picture), _think(pipe, folder)]
+    changed = [*_edit(pipe, folder, drawn[0].image), _think(pipe, folder)]
     sheet = contact_sheet("What the built-in model draws", [drawn, changed, _predict(pipe, folder)])
     info = {"model": "demo", "software": f"bagel-mot {bagel.__version__}"}
     print(save_numbered_png(sheet, folder, "contact-sheet", info))
 
 
 def _draw(pipe: BagelPipeline, folder: Path) -> list[Tile]:
-    """Draw from each prompt, then ask about each picture."""
-    with _timed("drew three pictures"):
+    """Draw from each prompt, then ask about each image."""
+    with _timed("drew three images"):
         results = pipe.text_to_image(PROMPTS, seed=[1, 2, 3], **DRAWING)
     with _timed("answered three questions about them"):
-        pictures = [result.image for result in results]
-        answers = pipe.understand(pictures, QUESTIONS, max_new_tokens=ANSWER_TOKENS)
+        images = [result.image for result in results]
+        answers = pipe.understand(images, QUESTIONS, max_new_tokens=ANSWER_TOKENS, progress=False)
     tiles = []
     for prompt, result, question, answer in zip(PROMPTS, results, QUESTIONS, answers, strict=True):
         said = prompt, f"asked: {question}", f"answered: {answer.text}"
@@ -79,15 +79,15 @@ def _draw(pipe: BagelPipeline, folder: Path) -> list[Tile]:
     return tiles
 
 
-def _edit(pipe: BagelPipeline, folder: Path, picture: Image.Image) -> list[Tile]:
-    """Change a picture, and what comes out again."""
+def _edit(pipe: BagelPipeline, folder: Path, image: Image.Image) -> list[Tile]:
+    """Change an image, and what comes out again."""
     tiles = []
-    with _timed("edited the first picture twice"):
+    with _timed("edited the first image twice"):
         for seed, instruction in enumerate(EDITS, 4):
-            result = pipe.edit(picture, instruction, seed=seed, **DRAWING)
+            result = pipe.edit(image, instruction, seed=seed, **DRAWING)
             _save(result, folder, "edit", instruction)
             tiles.append(Tile(result.image, "edited again" if tiles else "edited", (instruction,)))
-            picture = result.image
+            image = result.image
     print("\n".join(f"  {instruction}" for instruction in EDITS))
     return tiles
 
@@ -103,7 +103,7 @@ def _think(pipe: BagelPipeline, folder: Path) -> Tile:
 
 
 def _predict(pipe: BagelPipeline, folder: Path) -> list[Tile]:
-    """Continue a motion, each predicted frame an input of the next, and leave it as an animated picture."""
+    """Continue a motion, each predicted frame an input of the next, and leave it as an animated image."""
     truth = MOTION.frames(side=largest_side(pipe))
     given, missing = truth[:SHOWN_FRAMES], len(truth) - SHOWN_FRAMES
     predicted: list[Image.Image] = []
@@ -116,13 +116,13 @@ def _predict(pipe: BagelPipeline, folder: Path) -> list[Tile]:
     return [Tile(frame, "given") for frame in given] + [Tile(frame, "predicted") for frame in predicted]
 
 
-def _framed(picture: Image.Image, color: str) -> Image.Image:
-    return ImageOps.expand(enlarged(picture, COLUMN), BORDER, color)
+def _framed(image: Image.Image, color: str) -> Image.Image:
+    return ImageOps.expand(enlarged(image, COLUMN), BORDER, color)
 
 
 def _save(result: ImageResult, folder: Path, stem: str, prompt: str) -> None:
     task = "edit" if stem == "edit" else "text_to_image"
-    options = make_options(task, "image", {**DRAWING, **(THINKING if stem == "think" else {})})
+    options = make_options(task, {**DRAWING, **(THINKING if stem == "think" else {})})
     info = describe(result, prompt, options, task=task.replace("_", "-"), model="demo")
     save_numbered_png(result.image, folder, stem, info)
 

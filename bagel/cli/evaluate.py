@@ -21,7 +21,7 @@ from bagel.evaluation.table import HEADING, Row, line
 
 def evaluate(args: Namespace) -> None:
     """Print the table of rates row by row as it is measured; then write what was asked to be kept."""
-    check_options(args, "text_to_image", "image")
+    check_options(args, "text_to_image")
     settings, tasks = _asked(args)
     report = Path(args.json).expanduser() if args.json else None
     if report is not None:
@@ -58,7 +58,7 @@ def _asked(args: Namespace) -> tuple[Settings, tuple[str, ...]]:
             seed=args.seed,
             side=args.side,
             batch_size=args.batch_size,
-            keep_pictures=bool(args.save),
+            keep_images=bool(args.save),
             drawing=given_options(args),
         )
     except ValueError as error:

@@ -1,24 +1,25 @@
-"""What the commands that run a model share: their options checked early, the model loaded, pictures opened."""
+"""What the commands that run a model share: their options checked early, the model loaded, images opened."""
 
 from __future__ import annotations
 
 import sys
 from argparse import Namespace
 from collections.abc import Sequence
+from typing import Any
 
 from PIL import Image
 
-from bagel.attention import check_backend
 from bagel.cli.arguments import BUILT_IN, given_options
 from bagel.cli.errors import UsageError
 from bagel.demo import CHECKPOINT
 from bagel.image import open_image
 from bagel.loading import choose_device, choose_dtype
-from bagel.options import Options, Output, make_options
+from bagel.modeling.attention import check_backend
+from bagel.options import make_options
 from bagel.pipeline import BagelPipeline
 
 
-def check_options(args: Namespace, task: str, output: Output) -> Options:
+def check_options(args: Namespace, task: str) -> Any:
     """Return the options of a task as typed, checked before anything slow begins.
 
     Raises:
@@ -27,14 +28,14 @@ def check_options(args: Namespace, task: str, output: Output) -> Options:
     try:
         check_backend(args.attention)
         choose_dtype(args.dtype, choose_device(args.device))
-        return make_options(task, output, given_options(args), preset=args.preset)
+        return make_options(task, given_options(args), args.preset)
     except (ValueError, TypeError) as error:
         raise UsageError(str(error)) from error
 
 
-def open_images(paths: Sequence[str]) -> list[Image.Image]:
-    """Return the pictures, upright and RGB."""
-    return [open_image(path) for path in paths]
+def open_images(paths: Sequence[str], *, exif: bool) -> list[Image.Image]:
+    """Return the images in RGB, with `exif` turned upright as their EXIF data say."""
+    return [open_image(path, exif=exif) for path in paths]
 
 
 def load(args: Namespace, *, draws: bool) -> BagelPipeline:

@@ -1,4 +1,4 @@
-"""A contact sheet: rows of pictures, each over its caption."""
+"""A contact sheet: rows of images, each over its caption."""
 
 from __future__ import annotations
 
@@ -17,15 +17,15 @@ Font = ImageFont.FreeTypeFont | ImageFont.ImageFont
 
 @dataclass(frozen=True)
 class Tile:
-    """A picture, what it is in a word or two, and lines to read under it."""
+    """An image, what it is in a word or two, and lines to read under it."""
 
-    picture: Image.Image
+    image: Image.Image
     heading: str
     lines: tuple[str, ...] = ()
 
 
 def contact_sheet(title: str, rows: Sequence[Sequence[Tile]]) -> Image.Image:
-    """Return all rows under each other; the tiles of a row share its width, pictures up to `COLUMN` pixels wide."""
+    """Return all rows under each other; the tiles of a row share its width, images up to `COLUMN` pixels wide."""
     drawn = [_row(tiles) for tiles in rows]
     height = 2 * MARGIN + TITLE_SIZE + sum(GAP + row.height for row in drawn)
     sheet = Image.new("RGB", (WIDTH + 2 * MARGIN, height), PAPER)
@@ -37,9 +37,9 @@ def contact_sheet(title: str, rows: Sequence[Sequence[Tile]]) -> Image.Image:
     return sheet
 
 
-def enlarged(picture: Image.Image, width: int) -> Image.Image:
-    """Return a picture at another width, as high as its shape asks for."""
-    return picture.resize((width, round(picture.height * width / picture.width)), Image.Resampling.LANCZOS)
+def enlarged(image: Image.Image, width: int) -> Image.Image:
+    """Return an image at another width, as high as its shape asks for."""
+    return image.resize((width, round(image.height * width / image.width)), Image.Resampling.LANCZOS)
 
 
 def _row(tiles: Sequence[Tile]) -> Image.Image:
@@ -53,14 +53,14 @@ def _row(tiles: Sequence[Tile]) -> Image.Image:
 
 def _tile(tile: Tile, width: int) -> Image.Image:
     font = ImageFont.load_default(TEXT_SIZE)
-    picture = enlarged(tile.picture, width)
+    image = enlarged(tile.image, width)
     lines = [line for text in tile.lines for line in _wrapped(text, font, width)]
-    drawn = Image.new("RGB", (width, picture.height + (1 + len(lines)) * LINE + LINE // 2), PAPER)
-    drawn.paste(picture, (0, 0))
+    drawn = Image.new("RGB", (width, image.height + (1 + len(lines)) * LINE + LINE // 2), PAPER)
+    drawn.paste(image, (0, 0))
     pen = ImageDraw.Draw(drawn)
-    pen.rectangle((0, 0, width - 1, picture.height - 1), outline=EDGE)
+    pen.rectangle((0, 0, width - 1, image.height - 1), outline=EDGE)
     for index, line in enumerate([tile.heading, *lines]):
-        pen.text((0, picture.height + LINE // 4 + index * LINE), line, INK if index else FAINT, font=font)
+        pen.text((0, image.height + LINE // 4 + index * LINE), line, INK if index else FAINT, font=font)
     return drawn
 
 

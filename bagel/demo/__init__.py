@@ -1,4 +1,4 @@
-"""The built-in model: a small BAGEL that this library trained on the pictures and texts of `bagel.evaluation`."""
+"""The built-in model: a small BAGEL that this library trained on the images and texts of `bagel.evaluation`."""
 
 from __future__ import annotations
 

@@ -56,21 +56,21 @@ def evaluate(
     seed: int = 0,
     side: int | None = None,
     batch_size: int = 8,
-    keep_pictures: bool = False,
+    keep_images: bool = False,
     **drawing: Any,
 ) -> list[Row]:
     """Measure a pipeline on the shapes world and return the table; equal settings give equal rates.
 
     Args:
         pipe: the model.
-        count: examples a row.
+        count: examples per row.
         tasks: which of `TASKS`.
         split: of the examples: "held_out", "new_pairs" or "train".
         seed: of the examples and the noise.
-        side: of the pictures in pixels, a multiple of 16; by default as large as the model draws unasked.
+        side: of the images in pixels, a multiple of 16; by default as large as the model draws unasked.
         batch_size: requests at a time; changes the speed only, rounding aside.
-        keep_pictures: keep those of failures in the rows' trials.
-        drawing: options for every picture drawn, see `bagel.options.Options`; 25 timesteps by default.
+        keep_images: keep those of failures in the rows' trials.
+        drawing: options for every image drawn, see `bagel.options.ImageOptions`; 25 timesteps by default.
 
     Raises:
         ValueError, TypeError: a setting that does not exist or is out of range.
@@ -81,7 +81,7 @@ def evaluate(
         seed=seed,
         side=side,
         batch_size=batch_size,
-        keep_pictures=keep_pictures,
+        keep_images=keep_images,
         drawing=drawing,
     )
     return list(measure(pipe, settings, tasks=tasks))

@@ -1,8 +1,8 @@
-"""Reads a picture of the shapes world without the model that drew it and without knowing what it should show.
+"""Reads an image of the shapes world without the model that drew it and without knowing what it should show.
 
-The background is the median colour. What stands out from it falls into connected blobs; each blob's colour is the
-median of its core, its soft mask follows from the mix of the two colours, and the kind is that of the ideal outline, of
-the same area at the same centre, which overlaps the mask most. Slight blur, noise or a tint do no harm.
+The background is the median color. What stands out from it falls into connected blobs; each blob's color is the
+median of its core, its soft mask follows from the mix of the two colors, and the kind is that of the ideal outline, of
+the same area at the same center, which overlaps the mask most. Slight blur, noise or a tint do no harm.
 """
 
 from __future__ import annotations
@@ -21,13 +21,13 @@ from bagel.evaluation.scene import BACKGROUNDS, COLORS, GRID, KINDS, SIZES, Scen
 
 # Distance in RGB (0 to 255 each) at which a pixel stands out from the background; the palettes are over 100 apart.
 STANDS_OUT = 48.0
-# Blobs smaller than this fraction of the picture are specks, not shapes; the smallest shape covers 0.0078.
+# Blobs smaller than this fraction of the image are specks, not shapes; the smallest shape covers 0.0078.
 SPECK = 0.003
-# A blob's colour is read in its core: the pixels beyond this quantile of distance from the background. Nearer ones may
+# A blob's color is read in its core: the pixels beyond this quantile of distance from the background. Nearer ones may
 # hold some background, and most of a thin shape is edge.
 CORE = 0.75
 # A drawing that fits no outline better than this (soft intersection over union) is no shape of this world, and a
-# colour further than this from the palette is no colour of it.
+# color further than this from the palette is no color of it.
 MIN_FIT = 0.75
 MAX_COLOR_ERROR = 60.0
 MAX_BLOBS = 6
@@ -35,10 +35,10 @@ MAX_BLOBS = 6
 
 @dataclass(frozen=True)
 class Blob:
-    """Describe one thing in a picture as the nearest shape of the world.
+    """Describe one thing in an image as the nearest shape of the world.
 
     `center` (x, y) in pixels; `fit`, the overlap with that shape's ideal outline, in [0, 1]; `color_error`, the RGB
-    distance to its ideal colour.
+    distance to its ideal color.
     """
 
     shape: Shape
@@ -59,7 +59,7 @@ class Blob:
 
 @dataclass(frozen=True)
 class Reading:
-    """Hold what was found in a picture; blobs from the largest to the smallest."""
+    """Hold what was found in an image; blobs from the largest to the smallest."""
 
     blobs: tuple[Blob, ...]
     background: str
@@ -73,7 +73,7 @@ class Reading:
 
 @dataclass(frozen=True)
 class Verdict:
-    """Tell for each judged attribute whether the picture has it right."""
+    """Tell for each judged attribute whether the image has it right."""
 
     right: dict[str, bool]
     reading: Reading
@@ -86,7 +86,7 @@ class Verdict:
 
 def _pixels(image: Image.Image) -> np.ndarray:
     if image.width != image.height:
-        raise ValueError(f"the judge reads square pictures, got {image.width}x{image.height}")
+        raise ValueError(f"the judge reads square images, got {image.width}x{image.height}")
     return np.asarray(image.convert("RGB"), dtype=np.float64)
 
 
@@ -97,8 +97,8 @@ def _nearest(color: np.ndarray, palette: dict[str, tuple[int, int, int]]) -> tup
 
 
 def _dilate(mask: np.ndarray, pixels: int) -> np.ndarray:
-    picture = Image.fromarray(mask.astype(np.uint8) * 255).filter(ImageFilter.MaxFilter(2 * pixels + 1))
-    return np.asarray(picture) > 0
+    image = Image.fromarray(mask.astype(np.uint8) * 255).filter(ImageFilter.MaxFilter(2 * pixels + 1))
+    return np.asarray(image) > 0
 
 
 def _components(mask: np.ndarray) -> list[np.ndarray]:
@@ -121,9 +121,9 @@ def _place(center: Point, side: int) -> str:
 
 
 def _soft_mask(pixels: np.ndarray, blob: np.ndarray, others: np.ndarray, ground: np.ndarray) -> tuple:
-    """Estimate a blob's colour (3,) and its share of each pixel (side, side), noise included.
+    """Estimate a blob's color (3,) and its share of each pixel (side, side), noise included.
 
-    Where the pixels are no mix of one colour and the background, in a motley drawing, the share is the blob itself.
+    Where the pixels are no mix of one color and the background, in a motley drawing, the share is the blob itself.
     """
     distance = np.linalg.norm(pixels - ground, axis=-1)
     core = blob & (distance >= np.quantile(distance[blob], CORE))
@@ -165,9 +165,9 @@ def _read_blob(pixels: np.ndarray, blob: np.ndarray, others: np.ndarray, ground:
 
 
 def read(image: Image.Image) -> Reading:
-    """Read a square picture of the world: background, and every blob with how well it fits.
+    """Read a square image of the world: background, and every blob with how well it fits.
 
-    At most the `MAX_BLOBS` largest blobs are read. Raises ValueError for a picture that is not square.
+    At most the `MAX_BLOBS` largest blobs are read. Raises ValueError for an image that is not square.
     """
     pixels = _pixels(image)
     ground = np.median(pixels.reshape(-1, 3), axis=0)
@@ -180,12 +180,12 @@ def read(image: Image.Image) -> Reading:
 
 
 def read_scene(image: Image.Image) -> Scene:
-    """Read a square picture of the world in names."""
+    """Read a square image of the world in names."""
     return read(image).scene
 
 
 def shape_center(image: Image.Image) -> Point | None:
-    """Find the centre (x, y), in pixels, of the largest shape of a square picture; None where there is none."""
+    """Find the center (x, y), in pixels, of the largest shape of a square image; None where there is none."""
     blobs = read(image).blobs
     return blobs[0].center if blobs else None
 
@@ -209,12 +209,12 @@ def _match(wanted: tuple[Shape, ...], blobs: tuple[Blob, ...], names: list[str])
 
 
 def judge(image: Image.Image, scene: Scene, *, attributes: Collection[str] = ATTRIBUTES) -> Verdict:
-    """Tell which attributes of a scene a square picture has right.
+    """Tell which attributes of a scene a square image has right.
 
     `attributes`: those to judge, from `ATTRIBUTES`; what a caption states, say. "count" asks for as many shapes, all
     of them clear; "kind", "color", "size" and "place" for every shape of the scene, matched in the best way to what is
     seen; "relation" for every pair to lie on the right side of each other, whatever the distance. Of too few shapes
-    none of these is right. Raises ValueError for an unknown attribute or a picture that is not square.
+    none of these is right. Raises ValueError for an unknown attribute or an image that is not square.
     """
     unknown = set(attributes) - set(ATTRIBUTES)
     if unknown:
@@ -236,10 +236,10 @@ def unchanged_psnr(before: Image.Image, after: Image.Image, scene_before: Scene,
     """Measure, in dB, how well an edit keeps the pixels that it should not touch.
 
     Touched are all pixels where the two scenes, ideally drawn, differ, and a rim of 1/64 of the side around them.
-    Infinite where the rest is equal, or where there is no rest. Raises ValueError for pictures of different sizes.
+    Infinite where the rest is equal, or where there is no rest. Raises ValueError for images of different sizes.
     """
     if before.size != after.size:
-        raise ValueError(f"the pictures must be of one size, got {before.size} and {after.size}")
+        raise ValueError(f"the images must be of one size, got {before.size} and {after.size}")
     a, b = _pixels(before), _pixels(after)
     side = len(a)
     ideal_before, ideal_after = (_pixels(render(scene, side=side)) for scene in (scene_before, scene_after))

@@ -1,6 +1,6 @@
 """The words of the shapes world: captions of scenes, from full to brief, and what each of them fixes.
 
-Texts are lower case and use the closed list `WORDS`. A caption comes with the attributes it states, so that a picture
+Texts are lower case and use the closed list `WORDS`. A caption comes with the attributes it states, so that an image
 drawn from it is judged on those alone.
 """
 
@@ -71,7 +71,7 @@ def with_article(words: str) -> str:
 
 
 def noun_phrase(shape: Shape, stated: Collection[str]) -> str:
-    """Name a shape by those of size, colour and kind that are stated: "small red circle", "red shape"."""
+    """Name a shape by those of size, color and kind that are stated: "small red circle", "red shape"."""
     words = [getattr(shape, name) for name in ("size", "color") if name in stated]
     return " ".join([*words, shape.kind if "kind" in stated else "shape"])
 
@@ -170,10 +170,10 @@ def caption(
 
 
 def plain(scene: Scene, stated: Collection[str]) -> Scene:
-    """Return the picture that a caption calls for: what it leaves open, `stated` being the rest, is drawn plainly.
+    """Return the image that a caption calls for: what it leaves open, `stated` being the rest, is drawn plainly.
 
-    Plain is medium size, shapes alike where nothing tells them apart, and the middle of the picture: side by side in
-    the order of mention, or on both sides of the centre as a stated relation has it. Backgrounds, and the looks of a
+    Plain is medium size, shapes alike where nothing tells them apart, and the middle of the image: side by side in
+    the order of mention, or on both sides of the center as a stated relation has it. Backgrounds, and the looks of a
     single shape, stay as they are. A scene that is plain already is returned as it is.
     """
     first = scene.objects[0]

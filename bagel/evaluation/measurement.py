@@ -30,9 +30,9 @@ ANSWER_TOKENS = 128  # limit of an answer; the longest caption of the world has 
 class Settings:
     """Say how to measure.
 
-    `count` examples a row; `split` and `seed` of the examples; `side` of the pictures in pixels, by default as large
-    as the model draws unasked; `batch_size` requests at a time; `keep_pictures` of failures in their trials.
-    `drawing`: options of `bagel.options.Options` for every picture drawn, over the defaults of its task and 25
+    `count` examples per row; `split` and `seed` of the examples; `side` of the images in pixels, by default as large
+    as the model draws unasked; `batch_size` requests at a time; `keep_images` of failures in their trials.
+    `drawing`: options of `bagel.options.ImageOptions` for every image drawn, over the defaults of its task and 25
     timesteps. Raises ValueError or TypeError for what cannot be meant.
     """
 
@@ -41,7 +41,7 @@ class Settings:
     seed: int = 0
     side: int | None = None
     batch_size: int = 8
-    keep_pictures: bool = False
+    keep_images: bool = False
     drawing: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -53,7 +53,7 @@ class Settings:
             raise ValueError(f"side must be a positive multiple of 16, got {self.side}")
         if self.split not in SPLITS:
             raise ValueError(f"split must be one of {', '.join(SPLITS)}, got {self.split!r}")
-        make_options("text_to_image", "image", self.drawing)
+        make_options("text_to_image", self.drawing)
 
 
 @dataclass(frozen=True)
@@ -117,40 +117,39 @@ class Measurement:
         chosen = {"height": self.side, "width": self.side, **self.settings.drawing, **options}
         return self.pipe.text_to_image(batch.texts, seed=batch.seeds, **chosen)
 
-    def edit(self, batch: Batch, pictures: list[list[Image.Image]], texts: list[str]) -> list[Image.Image]:
-        """Draw from pictures and a text for each example."""
-        results = self.pipe.edit(pictures, texts, seed=batch.seeds, **self.settings.drawing)
+    def edit(self, batch: Batch, images: list[list[Image.Image]], texts: list[str]) -> list[Image.Image]:
+        """Draw from images and a text for each example."""
+        results = self.pipe.edit(images, texts, seed=batch.seeds, **self.settings.drawing)
         return [result.image for result in results]
 
     def answer(self, batch: Batch) -> list[str]:
-        """Answer each example's question about its picture, by the likeliest token each time."""
-        pictures = [pictures_of(example) for example in batch.examples]
-        results = self.pipe.understand(pictures, batch.texts, max_new_tokens=ANSWER_TOKENS, progress=False)
+        """Answer each example's question about its image, by the likeliest token each time."""
+        images = [images_of(example) for example in batch.examples]
+        results = self.pipe.understand(images, batch.texts, max_new_tokens=ANSWER_TOKENS, progress=False)
         return [result.text for result in results]
 
     def drawn_row(self, name: str, batches: Iterable[Batch], *, note: str = "", **options: Any) -> Row:
-        """Return the row of pictures drawn from texts and judged by what the texts state."""
+        """Return the row of images drawn from texts and judged by what the texts state."""
         trials = []
         for batch in batches:
             for example, seed, result in zip(batch.examples, batch.seeds, self.draw(batch, **options), strict=True):
                 trials.append(self.judged(example, seed, result.image))
         return rate_row(name, trials, note)
 
-    def judged(self, example: Example, seed: int, picture: Image.Image) -> Trial:
-        """Judge a picture by what the example's text states."""
-        right, seen = verdict_of(example, picture)
-        pictures = self.kept(picture, right=right)
-        return Trial(text_of(example), seed, right, full_caption(example.scenes[-1]), seen, pictures)
+    def judged(self, example: Example, seed: int, image: Image.Image) -> Trial:
+        """Judge an image by what the example's text states."""
+        right, seen = verdict_of(example, image)
+        images = self.kept(image, right=right)
+        return Trial(text_of(example), seed, right, full_caption(example.scenes[-1]), seen, images)
 
-    def kept(self, *pictures: Image.Image, right: bool) -> tuple[Image.Image, ...]:
-        """Return the pictures of a failure if they are wanted later."""
-        return pictures if self.settings.keep_pictures and not right else ()
+    def kept(self, *images: Image.Image, right: bool) -> tuple[Image.Image, ...]:
+        """Return the images of a failure if they are wanted later."""
+        return images if self.settings.keep_images and not right else ()
 
 
 def largest_side(pipe: BagelPipeline) -> int:
-    """Return the side, in pixels, of the pictures that a model draws unasked."""
-    config = pipe.parts.model.config
-    return min(1024, config.max_latent_size * config.latent_downsample)
+    """Return the side, in pixels, of the images that a model draws unasked."""
+    return pipe.processor.default_side
 
 
 def text_of(example: Example) -> str:
@@ -159,13 +158,13 @@ def text_of(example: Example) -> str:
     return text
 
 
-def pictures_of(example: Example) -> list[Image.Image]:
-    """Return the pictures among what a model is given."""
+def images_of(example: Example) -> list[Image.Image]:
+    """Return the images among what a model is given."""
     return [part for part in example.inputs if isinstance(part, Image.Image)]
 
 
-def verdict_of(example: Example, picture: Image.Image) -> tuple[bool, str]:
-    """Tell whether a picture shows all that is stated, and describe it, with what is wrong."""
-    verdict = judge(picture, example.scenes[-1], attributes=example.stated)
+def verdict_of(example: Example, image: Image.Image) -> tuple[bool, str]:
+    """Tell whether an image shows all that is stated, and describe it, with what is wrong."""
+    verdict = judge(image, example.scenes[-1], attributes=example.stated)
     wrong = ", ".join(name for name, is_right in verdict.right.items() if not is_right)
     return verdict.all_right, full_caption(verdict.reading.scene) + (f" (wrong: {wrong})" if wrong else "")

@@ -1,4 +1,4 @@
-"""Short motions: one shape on a straight line at constant speed, inside the picture from first to last frame.
+"""Short motions: one shape on a straight line at constant speed, inside the image from first to last frame.
 
 Shapes stand on a grid of a 32nd of the side, and move one or two of its cells a frame along an axis or both.
 """
@@ -42,17 +42,17 @@ class Motion:
     velocity: Point
 
     def centers(self, frames: int = FRAMES) -> list[Point]:
-        """Centre (x, y) at each frame, in fractions of the side."""
+        """Center (x, y) at each frame, in fractions of the side."""
         (x, y), (dx, dy) = self.start, self.velocity
         return [(x + i * dx, y + i * dy) for i in range(frames)]
 
     def frames(self, *, side: int = 64) -> list[Image.Image]:
-        """Pictures of the motion, `FRAMES` of them."""
+        """Images of the motion, `FRAMES` of them."""
         return [render(self.scene, side=side, centers=[center]) for center in self.centers()]
 
 
 def random_motion(rng: random.Random, *, split: str = "train") -> Motion:
-    """Draw a motion from a split; colour, kind, size, background and direction together decide the split.
+    """Draw a motion from a split; color, kind, size, background and direction together decide the split.
 
     Raises ValueError for a split that does not exist.
     """

@@ -45,7 +45,7 @@ def _other(rng: random.Random, values: Collection[str], taken: Collection[str]) 
 
 
 def _speakable_pairs(scene: Scene) -> list[tuple[str, str]]:
-    """Colour and kind pairs that a text about the scene may name: held-out ones only where one is seen."""
+    """Color and kind pairs that a text about the scene may name: held-out ones only where one is seen."""
     pairs = [(color, kind) for color in COLORS for kind in KINDS]
     return pairs if split_of(scene) == "new_pairs" else [pair for pair in pairs if pair not in HELD_OUT_PAIRS]
 

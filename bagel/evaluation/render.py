@@ -1,4 +1,4 @@
-"""Scenes to pictures: flat colours and anti-aliased outlines, with numpy alone."""
+"""Scenes to images: flat colors and anti-aliased outlines, with numpy alone."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ Point = tuple[float, float]
 
 
 def _turned(radii: Sequence[float]) -> np.ndarray:
-    """Vertices at equal angles, clockwise from the top, at the given distances from the centre."""
+    """Vertices at equal angles, clockwise from the top, at the given distances from the center."""
     angles = np.arange(len(radii)) * 2 * math.pi / len(radii)
     return np.asarray(radii)[:, None] * np.stack([np.sin(angles), -np.cos(angles)], axis=1)
 
@@ -28,7 +28,7 @@ def _cross(length: float, width: float) -> np.ndarray:
     return np.concatenate(quarters)
 
 
-# Outlines for radius 1, clockwise on the screen (y down), each with its centre of mass at the origin. The circle has
+# Outlines for radius 1, clockwise on the screen (y down), each with its center of mass at the origin. The circle has
 # none: it is the unit circle itself.
 OUTLINES = {
     "square": np.array([(-0.88, -0.88), (0.88, -0.88), (0.88, 0.88), (-0.88, 0.88)]),
@@ -66,7 +66,7 @@ def coverage(kind: str, center: Point, radius: float, side: int) -> np.ndarray:
     """Measure how much of each pixel a shape covers.
 
     `center` and `radius` in pixels (pixel 0 spans 0 to 1). Returns (side, side) in [0, 1]: exact along a row, and the
-    mean of `ROWS_PER_PIXEL` rows down a pixel. What lies outside the picture is cut off.
+    mean of `ROWS_PER_PIXEL` rows within a pixel. What lies outside the image is cut off.
     """
     top, left, filled = _covered(kind, center, radius, side)
     alpha = np.zeros((side, side))
@@ -96,7 +96,7 @@ def render(scene: Scene, *, side: int = 64, centers: Sequence[Point] | None = No
     """Draw a scene.
 
     `side` in pixels, a multiple of 16. `centers`, when given, replaces the places: one (x, y) an object in fractions
-    of the side. Returns an RGB picture. Raises ValueError for a side that is no multiple of 16 or centres that do not
+    of the side. Returns an RGB image. Raises ValueError for a side that is no multiple of 16 or centers that do not
     pair with the objects.
     """
     if side <= 0 or side % 16:

@@ -41,18 +41,18 @@ Part = str | Image.Image
 
 @dataclass(frozen=True)
 class Example:
-    """Hold what a model is given (`inputs`) and should give (`outputs`), texts and RGB pictures in order.
+    """Hold what a model is given (`inputs`) and should give (`outputs`), texts and RGB images in order.
 
-    `scenes`: what the pictures show (before and after, for an edit). `stated`: the attributes that the inputs fix, on
-    which a drawn picture is judged. `detail`: which of `DETAILS[task]` it is (a video's direction).
+    `scenes`: what the images show (before and after, for an edit). `stated`: the attributes that the inputs fix, on
+    which a drawn image is judged. `detail`: which of `DETAILS[task]` it is (a video's direction).
     `motion`: the line of a video's shape.
 
     | task | inputs | outputs |
     |---|---|---|
-    | t2i1, t2i2, t2i3 | caption | picture |
-    | caption, qa | picture, question | answer |
-    | edit | picture, instruction | picture |
-    | think | prompt | plan, picture |
+    | t2i1, t2i2, t2i3 | caption | image |
+    | caption, qa | image, question | answer |
+    | edit | image, instruction | image |
+    | think | prompt | plan, image |
     | video | caption | 7 frames |
     """
 
@@ -186,8 +186,8 @@ def sample(
 def reworded(rng: random.Random, example: Example, weights: Mapping[str, float] | None = None) -> Example:
     """Say what an example shows in other words: captions to draw from, and plans.
 
-    A relation is named where two shapes differ, and nothing is left out that the picture does not show plainly. The
-    other tasks are returned as they are. The pictures are not looked at and may be anything. `weights`: how likely
+    A relation is named where two shapes differ, and nothing is left out that the image does not show plainly. The
+    other tasks are returned as they are. The images are not looked at and may be anything. `weights`: how likely
     each wording of a caption is, relative to the others; all alike by default. "full" fits every scene, others not
     all. Raises ValueError where no wording that fits is likely at all.
     """

@@ -1,6 +1,6 @@
-"""The shapes world as data: one to three coloured shapes at named places on a flat background.
+"""The shapes world as data: one to three colored shapes at named places on a flat background.
 
-Lengths are fractions of the picture's side, x to the right and y down, so a scene has no size of its own; see
+Lengths are fractions of the image's side, x to the right and y down, so a scene has no size of its own; see
 `bagel.evaluation.render`. Every draw takes a `random.Random`, and the same seed gives the same scene everywhere.
 """
 
@@ -45,7 +45,7 @@ PLACES = {
 }
 GRID = (0.18, 0.5, 0.82)
 
-# Colour and kind pairs that no training picture or text shows together, though each part is seen with others.
+# Color and kind pairs that no training image or text shows together, though each part is seen with others.
 HELD_OUT_PAIRS = (("purple", "circle"), ("orange", "star"), ("green", "cross"), ("blue", "triangle"))
 
 SPLITS = ("train", "held_out", "new_pairs")
@@ -60,7 +60,7 @@ def _require_name(what: str, name: str, names) -> None:
 
 @dataclass(frozen=True)
 class Shape:
-    """Name one shape: its kind, colour, size and place, each from this module's tables.
+    """Name one shape: its kind, color, size and place, each from this module's tables.
 
     Raises ValueError for a name outside its table.
     """
@@ -78,19 +78,19 @@ class Shape:
 
     @property
     def center(self) -> tuple[float, float]:
-        """Centre (x, y) of the place, in fractions of the side."""
+        """Center (x, y) of the place, in fractions of the side."""
         column, row = PLACES[self.place]
         return GRID[column], GRID[row]
 
     @property
     def pair(self) -> tuple[str, str]:
-        """Colour and kind, what `HELD_OUT_PAIRS` lists."""
+        """Color and kind, what `HELD_OUT_PAIRS` lists."""
         return self.color, self.kind
 
 
 @dataclass(frozen=True)
 class Scene:
-    """Hold shapes, kept in reading order (so that equal pictures are equal scenes), on a background.
+    """Hold shapes, kept in reading order (so that equal images are equal scenes), on a background.
 
     Raises ValueError for a background outside `BACKGROUNDS`.
     """
@@ -137,7 +137,7 @@ def split_of(scene: Scene, detail: str = "") -> str:
 
 
 def random_shape(rng: random.Random, place: str, like: Shape | None = None) -> Shape:
-    """Draw a shape for a place; with `like`, one of that colour and kind."""
+    """Draw a shape for a place; with `like`, one of that color and kind."""
     color, kind = like.pair if like else (rng.choice(tuple(COLORS)), rng.choice(KINDS))
     return Shape(kind=kind, color=color, size=rng.choice(tuple(SIZES)), place=place)
 
@@ -145,7 +145,7 @@ def random_shape(rng: random.Random, place: str, like: Shape | None = None) -> S
 def random_scene(rng: random.Random, *, objects: int, split: str = "train") -> Scene:
     """Draw a scene of 1 to 3 shapes at distinct places from a split.
 
-    A shape repeats the colour and kind of the one before with `REPEAT_CHANCE`, so that there is something to count.
+    A shape repeats the color and kind of the one before with `REPEAT_CHANCE`, so that there is something to count.
     Raises ValueError for a number of objects or a split that does not exist.
     """
     if objects not in (1, 2, 3):

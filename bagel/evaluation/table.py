@@ -16,7 +16,7 @@ Z95 = 1.959963984540054  # two-sided 95% point of the normal distribution
 class Trial:
     """Hold one attempt: what was asked, with which seed, what was wanted and seen, and whether it is right.
 
-    `pictures`: of a failure, if they are kept; the inputs first, what the model drew last.
+    `images`: of a failure, if they are kept; the inputs first, what the model drew last.
     """
 
     prompt: str
@@ -24,7 +24,7 @@ class Trial:
     right: bool
     wanted: str
     seen: str
-    pictures: tuple[Image.Image, ...] = ()
+    images: tuple[Image.Image, ...] = ()
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ from PIL import Image
 from bagel.evaluation.edits import CHANGES
 from bagel.evaluation.judge import judge, shape_center, unchanged_psnr
 from bagel.evaluation.language import full_caption, parse_caption
-from bagel.evaluation.measurement import ANSWER_TOKENS, Batch, Measurement, pictures_of, text_of, verdict_of
+from bagel.evaluation.measurement import ANSWER_TOKENS, Batch, Measurement, images_of, text_of, verdict_of
 from bagel.evaluation.questions import TOPICS
 from bagel.evaluation.render import render
 from bagel.evaluation.samples import Example
@@ -57,7 +57,7 @@ def wordings(of: Measurement) -> Iterator[Row]:
 
 
 def new_pairs(of: Measurement) -> Iterator[Row]:
-    """Draw a colour and a kind that training never shows together."""
+    """Draw a color and a kind that training never shows together."""
     name = "draw: color-shape pairs never trained on"
     yield of.drawn_row(
         name, of.batches(name, ("t2i1", "full"), split="new_pairs"), note="one object, everything stated"
@@ -73,7 +73,7 @@ def guidance(of: Measurement) -> Iterator[Row]:
 
 
 def captions(of: Measurement) -> Iterator[Row]:
-    """Describe pictures; right is an answer that states every attribute of every object, and the background."""
+    """Describe images; right is an answer that states every attribute of every object, and the background."""
     name, trials = "caption: all attributes", []
     for batch in of.batches(name, ("caption", None)):
         for example, seed, answer in zip(batch.examples, batch.seeds, of.answer(batch), strict=True):
@@ -98,8 +98,8 @@ def questions(of: Measurement) -> Iterator[Row]:
 
 
 def _answered(of: Measurement, example: Example, seed: int, answer: str, right: bool) -> Trial:
-    pictures = of.kept(*pictures_of(example), right=right)
-    return Trial(text_of(example), seed, right, str(example.outputs[0]), answer, pictures)
+    images = of.kept(*images_of(example), right=right)
+    return Trial(text_of(example), seed, right, str(example.outputs[0]), answer, images)
 
 
 def edits(of: Measurement) -> Iterator[Row]:
@@ -108,24 +108,24 @@ def edits(of: Measurement) -> Iterator[Row]:
     for change in CHANGES:
         name, trials, done, kept = f"edit: {change}", [], 0, 0
         for batch in of.batches(name, ("edit", change)):
-            edited = of.edit(batch, [pictures_of(example) for example in batch.examples], batch.texts)
-            for example, seed, picture in zip(batch.examples, batch.seeds, edited, strict=True):
-                is_done, seen = verdict_of(example, picture)
-                psnr = _kept_psnr(example, picture)
+            edited = of.edit(batch, [images_of(example) for example in batch.examples], batch.texts)
+            for example, seed, image in zip(batch.examples, batch.seeds, edited, strict=True):
+                is_done, seen = verdict_of(example, image)
+                psnr = _kept_psnr(example, image)
                 done, kept = done + is_done, kept + (psnr >= KEPT_PSNR)
                 right = is_done and psnr >= KEPT_PSNR
-                pictures = of.kept(*pictures_of(example), picture, right=right)
+                images = of.kept(*images_of(example), image, right=right)
                 seen = f"{seen}, the rest kept at {psnr:.1f} dB"
-                trials.append(Trial(text_of(example), seed, right, full_caption(example.scenes[-1]), seen, pictures))
+                trials.append(Trial(text_of(example), seed, right, full_caption(example.scenes[-1]), seen, images))
         rows.append(rate_row(name, trials, f"done {done}, the rest kept at {KEPT_PSNR:g} dB {kept}"))
         yield rows[-1]
     yield sum_row("edit: all", rows)
 
 
-def _kept_psnr(example: Example, picture: Image.Image) -> float:
+def _kept_psnr(example: Example, image: Image.Image) -> float:
     """Measure what an edit left alone, at the size it was drawn in."""
     before, after = example.scenes
-    return unchanged_psnr(render(before, side=picture.width), picture, before, after)
+    return unchanged_psnr(render(before, side=image.width), image, before, after)
 
 
 def think(of: Measurement) -> Iterator[Row]:
@@ -144,11 +144,11 @@ def think(of: Measurement) -> Iterator[Row]:
     yield without
 
 
-def _planned(of: Measurement, example: Example, seed: int, plan: str, picture: Image.Image) -> Trial:
+def _planned(of: Measurement, example: Example, seed: int, plan: str, image: Image.Image) -> Trial:
     """Compare a plan with the right one, of which each prompt has one; spaces apart, word for word."""
     wanted = str(example.outputs[0])
     right = "".join(plan.split()) == "".join(wanted.split())
-    return Trial(text_of(example), seed, right, wanted, plan, of.kept(picture, right=right))
+    return Trial(text_of(example), seed, right, wanted, plan, of.kept(image, right=right))
 
 
 def next_frames(of: Measurement) -> Iterator[Row]:
@@ -156,14 +156,14 @@ def next_frames(of: Measurement) -> Iterator[Row]:
     places, looks, motions = [], [], []
     for batch in of.batches("next frames", ("video", None)):
         predicted = _continued(of, batch)
-        for example, seed, pictures in zip(batch.examples, batch.seeds, predicted, strict=True):
-            steps = _frame_trials(example, seed, pictures)
+        for example, seed, images in zip(batch.examples, batch.seeds, predicted, strict=True):
+            steps = _frame_trials(example, seed, images)
             places += steps
-            looks += [_looks(example, step, picture) for step, picture in zip(steps, pictures, strict=True)]
+            looks += [_looks(example, step, image) for step, image in zip(steps, images, strict=True)]
             right = all(step.right for step in steps)
             wanted, seen = ("; ".join(getattr(step, name) for step in steps) for name in ("wanted", "seen"))
             shown = _frames(example)[:SHOWN_FRAMES]
-            motions.append(Trial(text_of(example), seed, right, wanted, seen, of.kept(*shown, *pictures, right=right)))
+            motions.append(Trial(text_of(example), seed, right, wanted, seen, of.kept(*shown, *images, right=right)))
     note = f"within {FRAME_TOLERANCE:g} pixels, {len(places) // len(motions)} frames predicted from {SHOWN_FRAMES}"
     yield rate_row("next frames: place, frame by frame", places, note)
     yield rate_row("next frames: place, all frames of a motion", motions)
@@ -184,23 +184,23 @@ def _continued(of: Measurement, batch: Batch) -> list[list[Image.Image]]:
     return [film[SHOWN_FRAMES:] for film in films]
 
 
-def _frame_trials(example: Example, seed: int, pictures: Sequence[Image.Image]) -> list[Trial]:
+def _frame_trials(example: Example, seed: int, images: Sequence[Image.Image]) -> list[Trial]:
     """Compare the place of the shape with where its motion takes it, frame by frame."""
     assert example.motion is not None
     trials = []
-    for number, picture in enumerate(pictures, SHOWN_FRAMES):
-        x, y = (picture.width * value for value in example.motion.centers()[number])
-        found = shape_center(picture)
+    for number, image in enumerate(images, SHOWN_FRAMES):
+        x, y = (image.width * value for value in example.motion.centers()[number])
+        found = shape_center(image)
         right = found is not None and math.dist(found, (x, y)) <= FRAME_TOLERANCE
         seen = f"{found[0]:.1f}, {found[1]:.1f}" if found else "no shape"
         trials.append(Trial(f"{text_of(example)}, frame {number + 1}", seed, right, f"{x:.1f}, {y:.1f}", seen))
     return trials
 
 
-def _looks(example: Example, step: Trial, picture: Image.Image) -> Trial:
+def _looks(example: Example, step: Trial, image: Image.Image) -> Trial:
     """Judge the shape of a frame and its background, wherever it is."""
     (scene,) = example.scenes
-    verdict = judge(picture, scene, attributes=("count", "kind", "color", "size", "background"))
+    verdict = judge(image, scene, attributes=("count", "kind", "color", "size", "background"))
     seen = _without_place(verdict.reading.scene)
     return Trial(step.prompt, step.seed, verdict.all_right, _without_place(scene), seen)
 
@@ -211,16 +211,16 @@ def _without_place(scene: Scene) -> str:
 
 
 def timing(of: Measurement) -> Iterator[Row]:
-    """Time one picture and one answer by themselves, and read how much memory the process has needed."""
+    """Time one image and one answer by themselves, and read how much memory the process has needed."""
     pipe, steps = of.pipe, of.settings.drawing["num_timesteps"]
     (batch,) = of.batches("timing", ("t2i1", "full"), count=1)
     (caption,) = batch.texts
-    picture = render(batch.examples[0].scenes[0], side=of.side)
+    image = render(batch.examples[0].scenes[0], side=of.side)
     options = {"height": of.side, "width": of.side, "seed": of.settings.seed, **of.settings.drawing}
     note = f"{of.side} x {of.side} pixels, {_machine(of)}"
-    yield _timed(f"time: a picture at {steps} timesteps", lambda: pipe.text_to_image(caption, **options), note)
+    yield _timed(f"time: an image at {steps} timesteps", lambda: pipe.text_to_image(caption, **options), note)
     asked = {"max_new_tokens": ANSWER_TOKENS, "progress": False}
-    yield _timed("time: an answer", lambda: pipe.understand(picture, "what color is the background?", **asked))
+    yield _timed("time: an answer", lambda: pipe.understand(image, "what color is the background?", **asked))
     if (peak := peak_memory()) is not None:
         yield Row("memory: the whole process so far", note="largest resident size", value=peak, unit="GiB")
 

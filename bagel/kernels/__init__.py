@@ -1,70 +1,42 @@
-"""Where several of torch's operations are one GPU kernel instead; the plain code stays beside every call of one."""
+"""Operations that a GPU does as one kernel: each a function, whose body in torch's operations says what it computes.
 
-from __future__ import annotations
+A CPU, gradients, and GPUs for which Triton builds nothing use the bodies; see `bagel.kernels.choice`.
+"""
 
-import functools
-import importlib
-import warnings
-from collections.abc import Callable
-from types import ModuleType
-from typing import Any, TypeGuard, TypeVar
+from bagel.kernels.choice import HOPPER, is_watched, let_compilers_use_kernels
+from bagel.kernels.functions import (
+    Rotary,
+    Rounding,
+    Rows,
+    add_biased,
+    attend_appended,
+    convolve,
+    doubled,
+    group_norm_silu,
+    linear,
+    norm_rotate,
+    rms_norm,
+    rotate,
+    round_rows,
+    silu_mul,
+)
 
-from torch import OutOfMemoryError, Tensor, compiler, cuda, float64, is_grad_enabled, nn
-
-M = TypeVar("M", bound=nn.Module)
-HOPPER = 9
-"""Major CUDA compute capability of the GPUs for which FlashAttention 3 is written, and whose kernels can overlap."""
-
-
-def fused(name: str, x: Tensor) -> Callable[..., Any] | None:
-    """Return the kernel of that name where it takes the place of torch's operations on x, else None.
-
-    That is on the current GPU, without gradients, and in no wider type than float32. Kernels are those of
-    `bagel.kernels.triton_kernels`; in what is compiled, those of `bagel.kernels.operators`, where
-    `let_compilers_use_kernels` has been called.
-    """
-    if not x.is_cuda or is_grad_enabled() or x.dtype == float64:
-        return None
-    if compiler.is_compiling():
-        return getattr(_operators, name, None)
-    kernels = _kernels(x.device.index) if x.device.index == cuda.current_device() else None
-    return None if kernels is None else getattr(kernels, name)
-
-
-def is_watched(module: nn.Module) -> bool:
-    """Whether hooks see what enters or leaves a module when it is called."""
-    hooks = module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
-    return bool(hooks)
-
-
-def is_plain(module: nn.Module, kind: type[M]) -> TypeGuard[M]:
-    """Whether a kernel may do what calling a module does: it is exactly of that class, and nothing sees the call."""
-    return type(module) is kind and "forward" not in module.__dict__ and not is_watched(module)
-
-
-_operators: ModuleType | None = None
-
-
-def let_compilers_use_kernels() -> None:
-    """Make kernels stand in what is compiled from now on, if they can be built for the current GPU."""
-    global _operators
-    if _operators is None and _kernels(cuda.current_device()) is not None:
-        _operators = importlib.import_module("bagel.kernels.operators")
-
-
-@functools.cache
-def _kernels(gpu: int) -> ModuleType | None:
-    """Return the kernels if Triton can build some for the current GPU: it needs a C compiler, and to know the GPU."""
-    try:
-        kernels = importlib.import_module("bagel.kernels.triton_kernels")
-        kernels.try_some()
-    except OutOfMemoryError:
-        raise
-    except Exception as error:  # whatever Triton and what it calls may raise
-        reason = " ".join(str(error).split())[:200]
-        warnings.warn(
-            f"pictures and texts take longer than they need on this GPU: Triton cannot build kernels here ({reason})",
-            stacklevel=2,
-        )
-        return None
-    return kernels
+__all__ = [
+    "HOPPER",
+    "Rotary",
+    "Rounding",
+    "Rows",
+    "add_biased",
+    "attend_appended",
+    "convolve",
+    "doubled",
+    "group_norm_silu",
+    "is_watched",
+    "let_compilers_use_kernels",
+    "linear",
+    "norm_rotate",
+    "rms_norm",
+    "rotate",
+    "round_rows",
+    "silu_mul",
+]

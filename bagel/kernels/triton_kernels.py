@@ -1,14 +1,15 @@
 """Steps of a layer as single GPU kernels, in Triton: torch's own operations pass over the memory several times.
 
-Each computes what the plain code beside its call says, which a CPU and gradients use; `bagel.kernels.fused` decides.
-Letters in shapes: T tokens, B texts, Hq query heads, Hkv key/value heads, D channels a head.
+Each computes what the function of its name in `bagel.kernels` says, whose own operations a CPU and gradients use;
+`bagel.kernels.choice` decides.
+Letters in shapes: T tokens, B texts, Hq query heads, Hkv key/value heads, D channels per head.
 """
 
 from __future__ import annotations
 
 import torch
 
-from bagel.kernels.triton_pictures import add_biased, doubled, group_norm_silu
+from bagel.kernels.triton_images import add_biased, doubled, group_norm_silu
 from bagel.kernels.triton_rows import (
     add_product,
     add_rms_norm,

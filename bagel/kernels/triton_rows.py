@@ -12,7 +12,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from bagel.kernels import HOPPER
+from bagel.kernels.choice import HOPPER
 
 VALUES_A_WARP = 1024
 """Values of a row that the threads of a warp hold, 32 each, until there are sixteen warps."""
@@ -229,7 +229,7 @@ def add_product(plus: Tensor, x: Tensor, weight: Tensor) -> None:
 
 
 def round_rows(x: Tensor, *, largest: float, tiny: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Return x (T, n) in 8-bit floats and float32 scales (T, 1) of its rows; see `bagel.modeling.float8.rounded`."""
+    """Return x (T, n) in 8-bit floats and float32 scales (T, 1) of its rows; see `bagel.kernels.round_rows`."""
     x = x.contiguous()
     tokens, width = x.shape
     out, scale = torch.empty_like(x, dtype=dtype), x.new_empty(tokens, 1, dtype=torch.float32)

@@ -93,7 +93,7 @@ def _products(x, weight, row, rows, column, WIDTH: tl.constexpr):
 
 
 def attend_appended(q: Tensor, k: Tensor, v: Tensor, keys: Tensor, values: Tensor, lengths: Tensor) -> Tensor:
-    """Append one token to each text and attend from it; arguments and result as `bagel.attention.attend_appended`."""
+    """Append one token to each text and attend from it; arguments and result as `bagel.kernels.attend_appended`."""
     (texts, heads, size), (_, capacity, kv_heads, _) = q.shape, keys.shape
     group = heads // kv_heads
     own = min(max(KEYS[0], triton.next_power_of_2(triton.cdiv(capacity, MOST_PARTS))), KEYS[1])

@@ -1,23 +1,26 @@
-"""The key/value cache of a context, preallocated once and shared by reference.
+"""The key/value cache of contexts: preallocated, shared by reference, and safe to fork.
 
-One buffer a layer is laid out as [headroom | context | tail]. Tokens that extend the context are written into the
-tail. A block that is only evaluated on top of it (the noisy picture) is written into the tail too, or, when it is
-evaluated on a *prefix* of the context, into the headroom right before the context: the order of keys does not matter
-to full attention, so [block | prefix] is one contiguous view and a prefix never has to be copied.
+One buffer per layer is laid out as [headroom | context | tail]. A context is a view of the first tokens of a cache; a
+prefix or a fork of it is another view of the same cache. Tokens that extend a context are written into the tail, unless
+another view that is still in use reaches further: then the context first moves into a cache of its own. A block that is
+only evaluated on top of a context (a noisy image) is written into the tail too or, where another view is there already,
+into the headroom right before the context: the order of keys does not matter to full attention, so [block | prefix] is
+one contiguous view, and a prefix never has to be copied to be drawn from.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
-from typing import Literal
+from dataclasses import dataclass
+from weakref import WeakSet
 
 import torch
 from torch import Tensor
 
 from bagel.config import DecoderConfig
 
-Place = Literal["tail", "headroom"]
+SMALLEST, MOST_SPARE = 64, 2048
+"""Tokens that a fresh cache holds at least, and that one which grows holds beyond what is asked for, at most."""
 
 
 class KVCache:
@@ -26,23 +29,14 @@ class KVCache:
     Args:
         config: sizes of the decoder.
         device, dtype: of the buffers, those of the model.
-        capacity: tokens to hold; it doubles when it runs out.
-        headroom: tokens of a block that may stand before the context.
     """
 
-    def __init__(
-        self,
-        config: DecoderConfig,
-        *,
-        device: torch.device | str,
-        dtype: torch.dtype,
-        capacity: int = 256,
-        headroom: int = 0,
-    ) -> None:
-        shape = (config.num_hidden_layers, headroom + capacity, config.num_key_value_heads, config.head_dim)
+    def __init__(self, config: DecoderConfig, *, device: torch.device | str, dtype: torch.dtype) -> None:
+        shape = (config.num_hidden_layers, 0, config.num_key_value_heads, config.head_dim)
         self.keys = torch.empty(shape, device=device, dtype=dtype)
         self.values = torch.empty(shape, device=device, dtype=dtype)
-        self.headroom = headroom
+        self.headroom = 0
+        self.views: WeakSet[Context] = WeakSet()
 
     @property
     def capacity(self) -> int:
@@ -51,59 +45,128 @@ class KVCache:
 
     def reserve(self, *, tokens: int = 0, headroom: int = 0) -> None:
         """Make room for `tokens` in all and a headroom block; whatever is held stays, and moves if it has to."""
-        if tokens <= self.capacity and headroom <= self.headroom:
+        capacity = self.keys.shape[1] - self.headroom
+        if tokens <= capacity and headroom <= self.headroom:
             return
-        capacity = self.capacity if tokens <= self.capacity else max(tokens, 2 * self.capacity)
-        headroom = max(headroom, self.headroom)
-        held = slice(headroom, headroom + self.capacity)
-        for name in ("keys", "values"):
-            old: Tensor = getattr(self, name)
-            layers, _, *rest = old.shape
-            new = old.new_empty(layers, headroom + capacity, *rest)
-            new[:, held] = old[:, self.headroom :]
+        if tokens > capacity:
+            capacity = max(tokens, capacity + min(capacity, MOST_SPARE), SMALLEST)
+        self._hold(
+            self.keys[:, self.headroom :], self.values[:, self.headroom :], max(headroom, self.headroom), capacity
+        )
+
+    def _hold(self, keys: Tensor, values: Tensor, headroom: int, capacity: int) -> None:
+        """Move what is held into fresh buffers."""
+        for name, held in (("keys", keys), ("values", values)):
+            new = held.new_empty(held.shape[0], headroom + capacity, *held.shape[2:])
+            new[:, headroom : headroom + held.shape[1]] = held
             setattr(self, name, new)
         self.headroom = headroom
 
 
-@dataclass
 class Context:
     """The first `length` tokens of a cache and the rotary position that follows them.
 
-    Several contexts may view one cache (a prefix, a fork that is decoded from); only `length` and `position` are
-    theirs.
+    Several contexts may view one cache; each may be extended, and none sees what another appends.
     """
 
-    cache: KVCache
-    length: int = 0
-    position: int = 0
+    def __init__(self, cache: KVCache, *, length: int = 0, position: int = 0) -> None:
+        self.cache, self.length, self.position = cache, length, position
+        cache.views.add(self)
 
     def fork(self) -> Context:
-        """Return a second view: extending it leaves this one as it is, and overwrites what follows it in the cache."""
-        return replace(self)
+        """Return a second view of the same tokens; nothing is copied before both are extended."""
+        return Context(self.cache, length=self.length, position=self.position)
 
     def same_as(self, other: Context) -> bool:
         """Whether both views hold the very same tokens."""
         return self.cache is other.cache and self.length == other.length
 
-    def extended(
-        self, layer: int, keys: Sequence[Tensor], values: Sequence[Tensor], place: Place
-    ) -> tuple[Tensor, Tensor]:
-        """Write a block's keys and values and return those of context and block, (length + n, Hkv, D).
+    def held(self) -> tuple[Tensor, Tensor]:
+        """Return the keys and the values of its tokens, each (layers, length, Hkv, D), as views."""
+        own = slice(self.cache.headroom, self.cache.headroom + self.length)
+        return self.cache.keys[:, own], self.cache.values[:, own]
+
+    def reserve(self, tokens: int, *, headroom: int = 0) -> None:
+        """Make room for so many more tokens at once, and for a block evaluated on a prefix: only ever to save time."""
+        self.cache.reserve(tokens=self.length + tokens, headroom=headroom)
+
+    def claim(self, tokens: int, *, keeps: bool) -> Claim:
+        """Return the place of a block of new tokens, which is this context's for as long as the claim is kept.
+
+        Args:
+            tokens: how many.
+            keeps: they will become part of the context (see `advance`), instead of only being evaluated on top of it.
+        """
+        return claim_all([self], [tokens], keeps=keeps)[0]
+
+    def advance(self, tokens: int, position: int) -> None:
+        """Count in tokens that were written to the place of a claim, and say which position follows them."""
+        self.length += tokens
+        self.position = position
+
+    def _follows(self, tokens: int, *, keeps: bool) -> bool:
+        """Make room for a block, and return whether it has to stand before the context instead of behind it."""
+        followed = any(view.length > self.length for view in self.cache.views)
+        if followed and not keeps:
+            self.cache.reserve(headroom=tokens)
+            return True
+        if followed:  # go on in a cache of its own, which no other view reaches into
+            old, self.cache = self.cache, object.__new__(KVCache)
+            own = slice(old.headroom, old.headroom + self.length)
+            self.cache.views = WeakSet([self])
+            self.cache._hold(old.keys[:, own], old.values[:, own], 0, max(self.length + tokens, SMALLEST))
+            old.views.discard(self)
+        self.cache.reserve(tokens=self.length + tokens)
+        return False
+
+
+def claim_all(contexts: Sequence[Context], lengths: Sequence[int], *, keeps: bool) -> list[Claim]:
+    """Return a claim of each of several contexts, of which some may view one cache; see `Context.claim`."""
+    blocks = list(zip(contexts, lengths, strict=True))
+    taken: list[Context | None] = []
+    for context, tokens in blocks:  # room for all before any is placed: what is claimed does not move with a cache
+        before = context._follows(tokens, keeps=keeps)
+        taken.append(None if before else Context(context.cache, length=context.length + tokens))
+    claims = []
+    for (context, tokens), view in zip(blocks, taken, strict=True):
+        cache, start = context.cache, context.cache.headroom
+        stop = start + context.length
+        block = slice(start - tokens, start) if view is None else slice(stop, stop + tokens)
+        seen = slice(min(start, block.start), max(stop, block.stop))
+        claims.append(Claim(cache.keys, cache.values, block, seen, view))
+    return claims
+
+
+@dataclass(frozen=True)
+class Claim:
+    """Where a block of new tokens stands, and the context that it sees.
+
+    The buffers are those of the moment: a cache that grows later does not move what is written here.
+
+    Args:
+        keys, values: the buffers of a cache.
+        block: slots of the new tokens.
+        seen: slots of the context and of the new tokens.
+        taken: a view that reaches over the block, so that nobody else writes there meanwhile.
+    """
+
+    keys: Tensor
+    values: Tensor
+    block: slice
+    seen: slice
+    taken: Context | None
+
+    def write(self, layer: int, keys: Sequence[Tensor], values: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+        """Write the block's keys and values and return those of context and block, (length + n, Hkv, D).
 
         Args:
             layer: whose they are.
             keys: in pieces that follow one another, (n, Hkv, D) in all.
             values: as keys.
-            place: where the block stands.
         """
-        cache, count = self.cache, sum(piece.shape[0] for piece in keys)
-        start = cache.headroom
-        stop = start + self.length
-        block = slice(stop, stop + count) if place == "tail" else slice(start - count, start)
-        at = block.start
+        at = self.block.start
         for key, value in zip(keys, values, strict=True):
-            cache.keys[layer, at : at + key.shape[0]] = key
-            cache.values[layer, at : at + key.shape[0]] = value
+            self.keys[layer, at : at + key.shape[0]] = key
+            self.values[layer, at : at + key.shape[0]] = value
             at += key.shape[0]
-        seen = slice(min(start, block.start), max(stop, block.stop))
-        return cache.keys[layer, seen], cache.values[layer, seen]
+        return self.keys[layer, self.seen], self.values[layer, self.seen]

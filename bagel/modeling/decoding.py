@@ -11,12 +11,12 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from bagel.attention import attend_appended
+from bagel.kernels import attend_appended
+from bagel.modeling.attention import Seen
 from bagel.modeling.bagel import Bagel
 from bagel.modeling.cache import Context
-from bagel.modeling.graphs import addresses, can_capture, capturing
+from bagel.modeling.graphs import can_capture, capturing, signature_of
 from bagel.modeling.layers import Heads
-from bagel.modeling.mot import Streams
 
 SMALLEST, LARGEST = 1024, 32768
 """Tokens of the smallest and the largest caches; they are powers of two, so that few graphs serve many lengths."""
@@ -41,10 +41,10 @@ class FixedCaches:
         self.values = torch.zeros_like(self.keys)
         self.lengths = torch.zeros(texts, device=model.device, dtype=torch.int32)
 
-    def __call__(self, layer: int, und: Heads, gen: Heads) -> tuple[Tensor, Tensor]:
+    def __call__(self, layer: int, und: Heads, gen: Heads) -> Seen:
         """Append the und tokens, one a text (B, heads, D), and return what they gather; there are no gen tokens."""
         seen = attend_appended(*und, self.keys[layer], self.values[layer], self.lengths)
-        return seen, gen[0]
+        return Seen(seen, gen[0])
 
 
 class DecodeStep:
@@ -61,24 +61,22 @@ class DecodeStep:
 
     def __init__(self, model: Bagel, texts: int, capacity: int) -> None:
         self.model, self.texts, self.capacity = model, texts, capacity
-        self.weights = addresses(model)
+        self.signature = signature_of(model.decoder)
         self.caches = FixedCaches(model, texts, capacity)
         self.ids = torch.zeros(texts, device=model.device, dtype=torch.long)
         self.positions = torch.zeros_like(self.ids)
-        self.graph = self._captured() if can_capture(model) else None
+        self.graph = self._captured() if can_capture(model.decoder) else None
 
     def fits(self, model: Bagel, texts: int, tokens: int) -> bool:
         """Whether this may be used again: for as many texts of so many tokens, and the same weights."""
-        return texts == self.texts and tokens <= self.capacity and self.weights == addresses(model)
+        return texts == self.texts and tokens <= self.capacity and self.signature == signature_of(model.decoder)
 
     def begin(self, contexts: Sequence[Context]) -> None:
         """Go on from B contexts, which stay as they are."""
         for row, context in enumerate(contexts):
-            cache, length = context.cache, context.length
-            held = slice(cache.headroom, cache.headroom + length)
-            for own, theirs in ((self.caches.keys, cache.keys), (self.caches.values, cache.values)):
-                own[:, row, :length] = theirs[:, held]
-                own[:, row, length:] = 0  # whatever another text has left there
+            for own, theirs in zip((self.caches.keys, self.caches.values), context.held(), strict=True):
+                own[:, row, : context.length] = theirs
+                own[:, row, context.length :] = 0  # whatever another text has left there
         self.caches.lengths.copy_(torch.tensor([context.length for context in contexts]))
         self.positions.copy_(torch.tensor([context.position for context in contexts]))
 
@@ -91,11 +89,7 @@ class DecodeStep:
         return self.logits
 
     def _run(self) -> Tensor:
-        decoder = self.model.decoder
-        x = decoder.embed(self.ids)
-        tables = decoder.rotary(self.positions), decoder.rotary(self.positions[:0])
-        hidden = decoder(Streams(x, x[:0]), tables, self.caches)
-        logits = decoder.logits(hidden.und)
+        logits = self.model.decoder.next_logits(self.ids, self.positions, self.caches)
         self.caches.lengths += 1
         self.positions += 1
         return logits
@@ -109,34 +103,26 @@ class DecodeStep:
         return graph
 
 
-class DecodeSteps:
-    """Keeps the last step for another use: making one takes a tenth of a second, and its caches take memory.
+def take_step(model: Bagel, texts: int, tokens: int) -> DecodeStep | None:
+    """Return a decode step for so many texts of so many tokens; None where no graph can be made, or has no room.
 
-    Whoever takes it has it alone until it is given back. A copy of this is empty.
+    The last one is kept by the model (`give_back`): making one takes a tenth of a second, and its caches take memory.
     """
+    step, model.graphs.decode_step = model.graphs.decode_step, None
+    if not model.attention.has_step or not can_capture(model.decoder):
+        return None
+    if step is not None and step.fits(model, texts, tokens):
+        return step
+    del step  # its memory is free for the next
+    capacity = max(SMALLEST, 1 << (tokens - 1).bit_length())
+    if capacity > LARGEST or not has_room(model, texts, capacity):
+        return None
+    return DecodeStep(model, texts, capacity)
 
-    def __init__(self) -> None:
-        self.kept: DecodeStep | None = None
 
-    def take(self, model: Bagel, texts: int, tokens: int) -> DecodeStep | None:
-        """Return a step for so many texts of so many tokens; None where no graph can be made, or has no room."""
-        step, self.kept = self.kept, None
-        if not can_capture(model):
-            return None
-        if step is not None and step.fits(model, texts, tokens):
-            return step
-        del step  # its memory is free for the next
-        capacity = max(SMALLEST, 1 << (tokens - 1).bit_length())
-        if capacity > LARGEST or not has_room(model, texts, capacity):
-            return None
-        return DecodeStep(model, texts, capacity)
-
-    def give_back(self, step: DecodeStep) -> None:
-        """Keep a step that was taken."""
-        self.kept = step
-
-    def __reduce__(self) -> tuple[type[DecodeSteps], tuple[()]]:
-        return DecodeSteps, ()
+def give_back(model: Bagel, step: DecodeStep) -> None:
+    """Let a model keep a step that was taken."""
+    model.graphs.decode_step = step
 
 
 def has_room(model: Bagel, texts: int, capacity: int) -> bool:

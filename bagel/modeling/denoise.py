@@ -1,132 +1,109 @@
-"""Evaluate noisy pictures on frozen contexts: several pictures, and several guidance branches of each, at once.
+"""Evaluate noisy images on frozen contexts: several images, and several guidance branches of each, at once.
 
 All branches stand in one batch for the linears and attend each to its own context. What does not change between
-evaluations (rows, positions, the tokens around the picture, embeddings of all times) is made once per generation.
+evaluations (rows, positions, the tokens around the image, embeddings of all times) is made once per generation.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from collections.abc import Sequence as Many
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from bagel.modeling.bagel import Bagel
-from bagel.modeling.cache import Context, Place
-from bagel.modeling.graphs import GraphMemory, Replayed
+from bagel.modeling.cache import Context, claim_all
+from bagel.modeling.graphs import Replayed
 from bagel.modeling.mot import Streams
-from bagel.modeling.plan import AttentionPlan, Sequence
+from bagel.packing import Frames, LatentImage, Packed
 
 LAUNCH_BOUND = 4096
 """Fewer latent tokens than this a fast GPU evaluates sooner than the CPU launches the kernels."""
+REPLAYS = ("cuda",)
+"""Devices whose work is captured and replayed."""
+Pack = Callable[..., Packed]
 
 
 @dataclass(frozen=True)
 class Branch:
-    """One picture on one context.
+    """One image on one context, which stays as it is.
 
     Args:
-        picture: which of the pictures drawn together.
-        context: what it is drawn from; stays as it is.
-        place: where its keys and values stand; "headroom" where the context is a prefix of another branch's.
+        image: which of the images denoised together.
+        context: what it is drawn from.
     """
 
-    picture: int
+    image: int
     context: Context
-    place: Place = "tail"
 
 
 class Denoiser:
-    """Last-layer states and velocities of noisy pictures; lives for one generation.
+    """Last-layer states of noisy images; lives for one generation.
 
     Args:
         model: with its generating half.
+        targets: what is denoised: noisy images, or noisy frames of one film as a group; their latents are not looked
+            at.
         branches: all that will ever be evaluated.
-        position_ids: for each picture the cells (n,) of its latent tokens.
-        timesteps: the times of all evaluations (S,), float32 in [0, 1].
-        image_tokens: ids of `<|vision_start|>` and `<|vision_end|>`.
-        attention: backend, see `bagel.attention`.
-        graph_memory: where given, a GPU replays the evaluations of small pictures as CUDA graphs, to the same numbers.
+        pack: from samples and the rotary positions they start at to a packed batch, as `Processor.pack`.
+        times: those of the evaluations, as far as they are known; in [0, 1].
     """
 
     def __init__(
         self,
         model: Bagel,
-        branches: Many[Branch],
+        targets: Sequence[LatentImage | Frames],
+        branches: Sequence[Branch],
         *,
-        position_ids: Many[Tensor],
-        timesteps: Tensor,
-        image_tokens: tuple[int, int],
-        attention: str = "sdpa",
-        graph_memory: GraphMemory | None = None,
+        pack: Pack,
+        times: Sequence[float] = (),
     ) -> None:
-        self.model = model
-        self.branches = tuple(branches)
-        self.attention = attention
-        self.graph_memory = graph_memory
-        device = model.device
-        self.sizes = tuple(ids.shape[0] for ids in position_ids)
-        cells = torch.cat(list(position_ids)).to(device)
-        self.tables = model.latent_pos_embed(cells).split(self.sizes)
-        self.times = model.time_embedder(timesteps.to(device))  # (S, H)
-        self.around = model.decoder.embed(torch.tensor(image_tokens, device=device))  # (2, H)
+        self.model, self.targets, self.branches, self.pack = model, tuple(targets), tuple(branches), pack
+        self.sizes = tuple(sum(count for _, _, count, _ in target.runs()) for target in targets)
+        cells = [image.position_ids for target in targets for image, *_ in target.runs()]  # pyright: ignore
+        self.table = model.latent_pos_embed(torch.cat(cells).to(model.device))
+        embedded = model.time_embedder(torch.tensor([*times], dtype=torch.float32).to(model.device)) if times else ()
+        self.times = dict(zip(times, embedded, strict=True))
+        contexts = [branch.context for branch in branches]
+        self.starts = [context.position for context in contexts]  # of this moment: a context may go on meanwhile
+        self.claims = claim_all(contexts, [targets[branch.image].length for branch in branches], keeps=False)
         self.decoders: dict[tuple[int, ...], Callable[[Tensor], Tensor]] = {}
-        for branch in branches:
-            tokens, context = 2 + self.sizes[branch.picture], branch.context
-            if branch.place == "tail":
-                context.cache.reserve(tokens=context.length + tokens)
-            else:
-                context.cache.reserve(headroom=tokens)
 
-    def hidden(self, latents: Many[Tensor], step: int, active: tuple[int, ...]) -> list[Tensor]:
+    def states(self, x: Tensor, t: float, active: tuple[int, ...]) -> list[Tensor]:
         """Return what leaves the last layer, (n, H), for each active branch.
 
         Args:
-            latents: x of each picture (n, P), float32.
-            step: index into the timesteps.
+            x: latent tokens of all images, one after the other, (N, P) float32.
+            t: their time, in [0, 1].
             active: indices into the branches.
         """
-        model = self.model
         decoder = self.decoders.get(active) or self._decoder(active)
-        pictures = [self.branches[index].picture for index in active]
-        tokens = {}
-        for picture in dict.fromkeys(pictures):
-            tokens[picture] = model.latent_tokens(latents[picture], self.times[step], self.tables[picture])
-        gen = [tokens[picture] for picture in pictures]
-        x = gen[0] if len(gen) == 1 else torch.cat(gen)
-        return list(decoder(x).split([self.sizes[picture] for picture in pictures]))
-
-    def velocity(self, hidden: Tensor) -> Tensor:
-        """Return float32 velocities (n, P) of last-layer states (n, H)."""
-        return self.model.velocity(hidden)
+        if t not in self.times:
+            self.times[t] = self.model.time_embedder(torch.full((1,), t, device=self.model.device))[0]
+        tokens = self.model.latent_tokens(x, self.times[t], self.table).split(self.sizes)
+        images = [self.branches[index].image for index in active]
+        gen = tokens[images[0]] if len(images) == 1 else torch.cat([tokens[image] for image in images])
+        return list(decoder(gen).split([self.sizes[image] for image in images]))
 
     def _decoder(self, active: tuple[int, ...]) -> Callable[[Tensor], Tensor]:
         """Lay out branches, once, and return what maps their latent tokens to what leaves the last layer."""
+        decoder, graphs = self.model.decoder, self.model.graphs
         branches = [self.branches[index] for index in active]
-        decoder, device = self.model.decoder, self.model.device
-        sequences, und_positions, gen_positions = [], [], []
-        start = 0
-        for row, branch in enumerate(branches):
-            count, position = self.sizes[branch.picture], branch.context.position
-            und, gen = slice(2 * row, 2 * row + 2), slice(start, start + count)
-            sequences.append(Sequence(und, gen, context=branch.context, place=branch.place))
-            und_positions.append(torch.full((2,), position, device=device))  # made on the device: nothing to wait for
-            gen_positions.append(torch.full((count,), position, device=device))
-            start += count
-        plan = AttentionPlan(sequences, backend=self.attention)
-        rotary = decoder.rotary(torch.cat(und_positions)), decoder.rotary(torch.cat(gen_positions))
-        und = self.around.repeat(len(branches), 1)  # the tokens around each picture
+        packed = self.pack(
+            [[self.targets[branch.image]] for branch in branches],
+            starts=[self.starts[index] for index in active],
+        ).to(self.model.device)
+        attend = self.model.attention.plan(packed.layout, [self.claims[index] for index in active])
+        rotary = decoder.rotary(packed.und_positions, packed.gen_positions)
+        und = decoder.embed(packed.text_ids)  # the tokens around each image
 
         def run(gen: Tensor) -> Tensor:
-            return decoder(Streams(und, gen), rotary, plan).gen
+            return decoder(Streams(und, gen), rotary, attend).gen
 
-        found: Callable[[Tensor], Tensor] = run
-        if self.graph_memory is not None:
-            if start < LAUNCH_BOUND:
-                found = Replayed(run, self.model, self.graph_memory)
-            else:
-                self.graph_memory.clear()  # a large picture may need it
-        self.decoders[active] = found
-        return found
+        self.decoders[active] = run
+        if self.model.device.type in REPLAYS and packed.gen_positions.shape[0] < LAUNCH_BOUND:
+            self.decoders[active] = Replayed(run, decoder, graphs.memory)
+        elif self.model.device.type in REPLAYS:
+            graphs.memory.clear()  # a large image may need it
+        return self.decoders[active]

@@ -65,7 +65,7 @@ class TimestepEmbedder(nn.Module):
 
     def forward(self, t: Tensor) -> Tensor:
         """Return embeddings (n, hidden) of times t (n,) in [0, 1]."""
-        features = timestep_features(t, self.features).to(self.fc1.weight.dtype)
+        features = timestep_features(t, self.features).to(next(self.parameters()).dtype)
         return self.fc2(F.silu(self.fc1(features)))
 
 

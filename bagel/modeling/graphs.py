@@ -1,12 +1,14 @@
 """CUDA graphs: the GPU repeats what it did before, without waiting for the CPU to launch every kernel again.
 
-A graph replays the very same work on the very same memory.
+A graph replays the very same work on the very same memory. What is kept here between uses is scratch: no result depends
+on what it holds.
 """
 
 from __future__ import annotations
 
 import gc
 import threading
+import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from typing import Any
@@ -15,16 +17,26 @@ import torch
 from torch import Tensor, nn
 
 from bagel.kernels import is_watched
-from bagel.modeling.bagel import Bagel
 
-Addresses = tuple[tuple[int, torch.dtype], ...]
+Signature = tuple[Any, ...]
+
+
+class Graphs:
+    """What a model keeps for its graphs: the memory of the last ones, and the last decode step. A copy is empty."""
+
+    def __init__(self) -> None:
+        self.memory = GraphMemory()
+        self.decode_step: Any = None
+        """A `bagel.modeling.decoding.DecodeStep`; whoever takes it has it alone until it is given back."""
+
+    def __reduce__(self) -> tuple[type[Graphs], tuple[()]]:
+        return Graphs, ()
 
 
 class GraphMemory:
-    """The memory of the graphs of one pipeline, which the next may use when they are gone; each thread has its own.
+    """The memory of the graphs of one model, which the next may use when they are gone; each thread has its own.
 
-    A graph's memory is apart from all other, and would be taken afresh from the GPU for every one. A copy of this is
-    empty.
+    A graph's memory is apart from all other, and would be taken afresh from the GPU for every one.
     """
 
     def __init__(self) -> None:
@@ -44,9 +56,6 @@ class GraphMemory:
         """Give up the memory of this thread, or leave it to the graphs that are still there."""
         self.own.__dict__.clear()
 
-    def __reduce__(self) -> tuple[type[GraphMemory], tuple[()]]:
-        return GraphMemory, ()
-
 
 class Replayed:
     """A function of one tensor, always of the same shape: computed the first time, captured the second, then replayed.
@@ -55,24 +64,24 @@ class Replayed:
     room, it is computed every time.
 
     Args:
-        compute: reads only memory that stays where it is, besides the model's weights.
-        model: what it computes with.
+        compute: reads only memory that stays where it is, besides the decoder's weights.
+        decoder: what it computes with.
         memory: of the graph.
     """
 
-    def __init__(self, compute: Callable[[Tensor], Tensor], model: Bagel, memory: GraphMemory) -> None:
-        self.compute, self.model, self.memory = compute, model, memory
-        self.weights: Addresses = ()
+    def __init__(self, compute: Callable[[Tensor], Tensor], decoder: nn.Module, memory: GraphMemory) -> None:
+        self.compute, self.decoder, self.memory = compute, decoder, memory
+        self.signature: Signature = ()
         self.graph: torch.cuda.CUDAGraph | None = None
         self.has_room = True
 
     def __call__(self, x: Tensor) -> Tensor:
         """Return what the function returns for x, in memory of its own."""
-        if not self.has_room or not can_capture(self.model):
+        if not self.has_room or not can_capture(self.decoder):
             return self.compute(x)
-        weights = addresses(self.model)
-        if weights != self.weights:
-            self.weights, self.graph = weights, None
+        signature = signature_of(self.decoder)
+        if signature != self.signature:
+            self.signature, self.graph = signature, None
             return self.compute(x)
         if self.graph is None:
             self.x = torch.empty_like(x)
@@ -120,19 +129,27 @@ def capturing() -> Iterator[None]:
                 gc.enable()
 
 
-def can_capture(model: Bagel) -> bool:
-    """Whether graphs can be made of a model: it is on the current GPU, and a graph would do what calling it does.
+def can_capture(decoder: nn.Module) -> bool:
+    """Whether graphs can be made of a decoder: it is on the current GPU, and a graph would do what calling it does.
 
-    So there are no gradients, no autocast, no hooks, and no layers whose `forward` was replaced.
+    So there are no gradients, no autocast, no hooks, no layers whose `forward` was replaced, and none of classes from
+    elsewhere, whose results may depend on more than their weights.
     """
-    if model.device.type != "cuda" or model.device.index != torch.cuda.current_device():
+    device = next(decoder.parameters()).device
+    if device.type != "cuda" or device.index != torch.cuda.current_device():
         return False
-    changed = any(is_watched(module) or "forward" in module.__dict__ for module in model.decoder.modules())
-    hooked = changed or nn.modules.module._has_any_global_hook()
-    return not hooked and not torch.is_autocast_enabled("cuda") and not torch.is_grad_enabled()
+    if torch.is_autocast_enabled("cuda") or torch.is_grad_enabled() or nn.modules.module._has_any_global_hook():
+        return False
+    return all(_repeats(module) for module in decoder.modules())
 
 
-def addresses(model: Bagel) -> Addresses:
-    """Where the decoder's weights are: a graph reads them there, whatever becomes of the modules."""
-    decoder = model.decoder
-    return tuple((x.data_ptr(), x.dtype) for part in (decoder.parameters(), decoder.buffers()) for x in part)
+def _repeats(module: nn.Module) -> bool:
+    known = type(module).__module__.partition(".")[0] in ("bagel", "torch")
+    return known and not is_watched(module)
+
+
+def signature_of(decoder: nn.Module) -> Signature:
+    """Return what a graph of a decoder depends on: which modules it has, and where their weights are."""
+    modules = tuple(weakref.ref(module) for module in decoder.modules())
+    tensors = (*decoder.parameters(), *decoder.buffers())
+    return (*modules, *((x.data_ptr(), x.dtype) for x in tensors))

@@ -1,4 +1,4 @@
-"""The Mixture-of-Transformers decoder (arXiv 2411.04996): two experts a layer, one attention.
+"""The Mixture-of-Transformers decoder (arXiv 2411.04996): two experts per layer, one attention.
 
 Each expert works on a stream of its own tokens and they meet in attention alone, so a token's expert is settled by
 the stream it stands in. Shapes: Tu und tokens, Tg gen tokens, H hidden.
@@ -6,19 +6,23 @@ the stream it stands in. Shapes: Tu und tokens, Tg gen tokens, H hidden.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import _register_namedtuple
 
 from bagel.config import DecoderConfig
 from bagel.embedding import Embedding
-from bagel.modeling.layers import Expert, Heads, RMSNorm
+from bagel.modeling.attention import Attend
+from bagel.modeling.layers import Expert, RMSNorm
+from bagel.modeling.linear import Linear
 from bagel.modeling.rope import Rotary, rotary_table
 
-Attend = Callable[[int, Heads, Heads], tuple[Tensor, Tensor]]
-"""(layer index, heads of the und tokens, heads of the gen tokens) -> what each gathers, (Tu, Hq, D), (Tg, Hq, D)."""
+
+def residual(x: Tensor) -> Tensor:
+    """Return what enters the residual stream in its type: that of the weights, but float32 for float16, too narrow."""
+    return x.float() if x.dtype == torch.float16 else x
 
 
 class Streams(NamedTuple):
@@ -26,6 +30,9 @@ class Streams(NamedTuple):
 
     und: Tensor
     gen: Tensor
+
+
+_register_namedtuple(Streams, serialized_type_name="bagel.modeling.Streams")  # or an exported model could not be saved
 
 
 class DecoderLayer(nn.Module):
@@ -38,19 +45,12 @@ class DecoderLayer(nn.Module):
         self.gen = Expert(config, own_attention=config.has_gen_attention) if with_gen else None
 
     def forward(self, x: Streams, rotary: tuple[Rotary, Rotary], attend: Attend) -> Streams:
-        """Map both residual streams to themselves."""
-        seen = attend(self.index, *self.heads(x, rotary))
-        return Streams(
-            *(e.finish(own, gathered, self.und) for e, own, gathered in zip(self._experts(), x, seen, strict=True))
-        )
-
-    def heads(self, x: Streams, rotary: tuple[Rotary, Rotary]) -> tuple[Heads, Heads]:
-        """Return queries, keys and values of both residual streams."""
-        und, gen = (e.heads(own, table, self.und) for e, own, table in zip(self._experts(), x, rotary, strict=True))
-        return und, gen
-
-    def _experts(self) -> tuple[Expert, Expert]:
-        return self.und, self.gen or self.und
+        """Map both residual streams to themselves; they stay as they are where nothing but keys is wanted."""
+        und, gen = self.und, self.gen or self.und
+        seen = attend(self.index, und.heads(x.und, rotary[0], und), gen.heads(x.gen, rotary[1], und))
+        if seen is None:
+            return x
+        return Streams(und.finish(x.und, seen.und, und), gen.finish(x.gen, seen.gen, und))
 
 
 class Decoder(nn.Module):
@@ -71,48 +71,44 @@ class Decoder(nn.Module):
         )
         self.norm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.norm_gen = RMSNorm(config.hidden_size, eps=config.rms_norm_eps) if with_gen else None
-        self.lm_head = (
-            None if config.tie_word_embeddings else nn.Linear(config.hidden_size, config.vocab_size, bias=False)
-        )
+        tied = config.tie_word_embeddings
+        self.lm_head = None if tied else Linear(config.hidden_size, config.vocab_size, bias=False)
 
     @property
     def dtype(self) -> torch.dtype:
         """Type of the weights."""
-        return self.norm.weight.dtype
-
-    @property
-    def residual_dtype(self) -> torch.dtype:
-        """Type of the residual stream: the weights' own, but float32 for float16, which it would overflow."""
-        return torch.float32 if self.dtype == torch.float16 else self.dtype
+        return next(self.parameters()).dtype
 
     def embed(self, ids: Tensor) -> Tensor:
         """Return token embeddings (T, H) of ids (T,)."""
-        return self.embed_tokens(ids).to(self.residual_dtype)
+        return residual(self.embed_tokens(ids))
 
-    def rotary(self, positions: Tensor) -> Rotary:
-        """Return the rotary table of positions (T,)."""
-        return rotary_table(positions, head_dim=self.config.head_dim, theta=self.config.rope_theta)
+    def rotary(self, und: Tensor, gen: Tensor) -> tuple[Rotary, Rotary]:
+        """Return the rotary tables of the positions (Tu,) and (Tg,) of both streams."""
+        und_table, gen_table = (
+            rotary_table(positions, head_dim=self.config.head_dim, theta=self.config.rope_theta)
+            for positions in (und, gen)
+        )
+        return und_table, gen_table
 
     def forward(self, x: Streams, rotary: tuple[Rotary, Rotary], attend: Attend) -> Streams:
-        """Run all layers; the result is not yet normed (see `logits` and `norm_of_gen`)."""
+        """Run all layers; the result is not yet normed (see `logits` and `Bagel.velocity`)."""
         for layer in self.layers:
             x = layer(x, rotary, attend)
         return x
 
-    def heads_of_last(self, x: Streams, rotary: tuple[Rotary, Rotary], attend: Attend) -> tuple[Heads, Heads]:
-        """Run all layers but the last, and return its queries, keys and values: a context needs no more."""
-        for layer in self.layers[:-1]:
-            x = layer(x, rotary, attend)
-        last = self.layers[-1]
-        assert isinstance(last, DecoderLayer)
-        return last.heads(x, rotary)
+    def next_logits(self, ids: Tensor, positions: Tensor, attend: Attend) -> Tensor:
+        """Return the logits (B, vocab) float32 of what follows one new token (B,) at its position in each of B texts.
+
+        This is one decode step.
+        """
+        x = self.embed(ids)
+        hidden = self(Streams(x, x[:0]), self.rotary(positions, positions[:0]), attend)
+        return self.logits(hidden.und)
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Return float32 logits (T, vocab) of und tokens (T, H) as they leave the last layer."""
         normed = self.norm(hidden).to(self.dtype)
-        head = self.embed_tokens.weight if self.lm_head is None else self.lm_head.weight
-        return nn.functional.linear(normed, head).float()
-
-    def norm_of_gen(self, hidden: Tensor) -> Tensor:
-        """Return the final norm, in their own type, of gen tokens (T, H) as they leave the last layer."""
-        return (self.norm_gen or self.norm)(hidden)
+        if self.lm_head is None:  # tied: the table of embeddings is the head
+            return nn.functional.linear(normed, self.embed_tokens.weight).float()
+        return self.lm_head(normed).float()

@@ -5,8 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-Rotary = tuple[Tensor, Tensor]
-"""Cosines and sines, each (T, 1, D) float32; the sines of the first half have their sign changed."""
+from bagel.kernels import Rotary, rotate
+
+__all__ = ["Rotary", "rotary_table", "rotate"]
 
 
 def rotary_table(positions: Tensor, *, head_dim: int, theta: float) -> Rotary:
@@ -15,9 +16,3 @@ def rotary_table(positions: Tensor, *, head_dim: int, theta: float) -> Rotary:
     angles = positions.float()[:, None] * theta**-exponents  # (T, D/2)
     cos, sin = angles.cos(), angles.sin()
     return torch.cat([cos, cos], dim=-1)[:, None], torch.cat([-sin, sin], dim=-1)[:, None]
-
-
-def rotate(x: Tensor, rotary: Rotary) -> Tensor:
-    """Rotate heads x (T, heads, D) by the table of their positions; computed in the type of `x`."""
-    cos, sin = rotary
-    return x * cos + x.roll(x.shape[-1] // 2, dims=-1) * sin

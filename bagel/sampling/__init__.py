@@ -1,21 +1,30 @@
 """Text sampling, guidance and the rectified flow; the model is only a callable here."""
 
-from bagel.sampling.flow import FlowStep, euler, flow_timesteps
-from bagel.sampling.guidance import Guidance, guide
-from bagel.sampling.guided import GuidedVelocity, PictureBranches
-from bagel.sampling.taylorseer import TaylorSeer
-from bagel.sampling.text import TextSampling, discard_draw, next_tokens
+from bagel.sampling.flow import Euler, FlowStep, OnStep, Solver, Velocity, flow_timesteps, integrate
+from bagel.sampling.guidance import BRANCHES, Guidance, GuidanceRule, GuidedVelocity, Guiding, branch_names, guide
+from bagel.sampling.taylorseer import CacheState, Caching, TaylorSeer, TaylorSeries
+from bagel.sampling.text import Chooser, Choosing, TextSampling
 
 __all__ = [
+    "BRANCHES",
+    "CacheState",
+    "Caching",
+    "Chooser",
+    "Choosing",
+    "Euler",
     "FlowStep",
     "Guidance",
+    "GuidanceRule",
     "GuidedVelocity",
-    "PictureBranches",
+    "Guiding",
+    "OnStep",
+    "Solver",
     "TaylorSeer",
+    "TaylorSeries",
     "TextSampling",
-    "discard_draw",
-    "euler",
+    "Velocity",
+    "branch_names",
     "flow_timesteps",
     "guide",
-    "next_tokens",
+    "integrate",
 ]

@@ -1,75 +1,160 @@
-"""Rectified flow (arXiv 2209.03003): the schedule of times and the Euler steps from noise (t = 1) to data (t = 0)."""
+"""Rectified flow (arXiv 2209.03003): the times, and the way from noise (t = 1) to data (t = 0) step by step."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import itertools
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
 
-Velocity = Callable[[list[Tensor], int], list[Tensor]]
-"""x (n, P) of every picture and the index of the evaluation -> v (n, P) of every picture."""
+from bagel.parameters import described
+
+Velocity = Callable[[Tensor, float], Tensor]
+"""x (N, P) float32, the tokens of all images of a batch one after the other, and the shifted time -> v (N, P)."""
+
+
+@runtime_checkable
+class Solver(Protocol):
+    """Whatever takes one step of the flow; any such function will do.
+
+    A solver that remembers something from step to step has a method `start()`, called once per generation, which
+    returns the object or function that takes its steps.
+    """
+
+    def __call__(self, velocity: Velocity, x: Tensor, t: float, next_t: float, /) -> Tensor:
+        """Return x (N, P) at the time next_t from x (N, P) at t; x itself must stay as it is."""
+        ...
+
+
+@dataclass(frozen=True)
+class Euler:
+    """The solver of the official code: one evaluation per step."""
+
+    def __call__(self, velocity: Velocity, x: Tensor, t: float, next_t: float, /) -> Tensor:
+        """Return x at next_t along the velocity at t."""
+        # Beside a float32 tensor the difference is rounded to float32: just what subtracting float32 times gives.
+        return x - velocity(x, t) * (t - next_t)
 
 
 @dataclass(frozen=True)
 class FlowStep:
-    """One evaluation of one picture's trajectory.
+    """One step of one image's trajectory, before it is taken. The tensors are the observer's to keep and to change.
 
-    `index` counts evaluations from 0 to `num_steps` - 1; `t` in (0, 1]; `latents` (n, P) float32 are x at time t,
-    before the step; `velocity` (n, P) float32 is what the step uses, after guidance. `picture` counts within a batch.
-    Both tensors are the flow's own: an observer must not change them.
+    `index` counts steps from 0 to `num_steps` - 1; `t` in (0, 1] and `next_t` in [0, t) are the times of the step;
+    `latents` (n, P) float32 are x at t; `velocity` (n, P) float32 is the first one evaluated in the step, after
+    guidance; `next_latents` (n, P) are x at next_t. `picture`, also called `image`, counts within a batch.
     """
 
     index: int
     num_steps: int
     t: float
+    next_t: float
     latents: Tensor
     velocity: Tensor
+    next_latents: Tensor
     picture: int = 0
+
+    @property
+    def image(self) -> int:
+        """The image's number within its batch."""
+        return self.picture
+
+
+OnStep = Callable[[FlowStep], Tensor | None]
+"""Sees each step of each image; a tensor that it returns takes the place of the step's `next_latents`."""
 
 
 def flow_timesteps(num_timesteps: int, *, shift: float = 1.0) -> Tensor:
     """Return the times (num_timesteps,) float32 on the CPU, from 1 down to 0, shifted by s t / (1 + (s - 1) t).
 
-    N times make N - 1 evaluations: the last time, 0, is only arrived at.
+    N times make N - 1 steps: the last time, 0, is only arrived at.
 
     Raises:
         ValueError: fewer than 2 times, or a shift that is not positive.
     """
     if num_timesteps < 2:
-        raise ValueError(f"num_timesteps must be at least 2 (one evaluation), got {num_timesteps}")
+        raise ValueError(f"num_timesteps must be at least 2 (one step), got {num_timesteps}")
     if not 0 < shift < float("inf"):
         raise ValueError(f"timestep_shift must be positive and finite, got {shift}")
-    t = torch.linspace(1, 0, num_timesteps)
+    t = torch.linspace(1, 0, num_timesteps, device="cpu")
     return shift * t / (1 + (shift - 1) * t)
 
 
-def euler(
+def integrate(
+    solver: Solver,
     velocity: Velocity,
-    noise: list[Tensor],
+    noise: Tensor,
     timesteps: Tensor,
     *,
-    on_step: Callable[[FlowStep], object] | None = None,
-) -> list[Tensor]:
-    """Integrate pictures from noise to data with Euler's method; nothing here reads the device.
+    sizes: Sequence[int] | None = None,
+    on_step: OnStep | None = None,
+    watch: Callable[[Sequence[tuple[float, float]]], Iterable[tuple[float, float]]] = iter,
+) -> Tensor:
+    """Return x (N, P) float32 at the last time; nothing here reads the device.
 
     Args:
-        velocity: evaluates every picture at once.
-        noise: x at t = 1 of each picture, (n, P) float32.
-        timesteps: from `flow_timesteps`.
-        on_step: sees each picture's step before it is taken; what it raises ends the integration.
+        solver: takes each step.
+        velocity: evaluates all images at once.
+        noise: x at the first time, (N, P) float32: the tokens of all images one after the other. It is not changed.
+        timesteps: falling times on the CPU, from `flow_timesteps` or a part of them.
+        sizes: tokens of each image; None: it is one image.
+        on_step: sees each image's step before it is taken, and may replace its `next_latents`; what it raises ends
+            the integration.
+        watch: goes round the pairs of times, as a progress bar does.
 
-    Returns:
-        x at t = 0 of each picture, (n, P) float32.
+    Raises:
+        TypeError: the solver or on_step returns something else than latents of the same shape.
     """
     times = timesteps.tolist()
-    steps = (timesteps[:-1] - timesteps[1:]).tolist()
+    step = solver.start() if hasattr(solver, "start") else solver  # pyright: ignore[reportAttributeAccessIssue]
     x = noise
-    for index, dt in enumerate(steps):
-        v = velocity(x, index)
-        if on_step is not None:
-            for picture, (latents, now) in enumerate(zip(x, v, strict=True)):
-                on_step(FlowStep(index, len(steps), times[index], latents, now, picture))
-        x = [a - b * dt for a, b in zip(x, v, strict=True)]
+    for index, (t, next_t) in enumerate(watch(list(itertools.pairwise(times)))):
+        if on_step is None:
+            x = checked("the solver", step(velocity, x, t, next_t), like=x)
+            continue
+        seen = _FirstOf(velocity)
+        next_x = checked("the solver", step(seen, x, t, next_t), like=x)
+        first = (x - next_x) / (t - next_t) if seen.value is None else seen.value  # the mean, if none was evaluated
+        counts = [x.shape[0]] if sizes is None else list(sizes)
+        parts = zip(x.split(counts), first.split(counts), next_x.split(counts), strict=True)
+        changed = []
+        for image, (now, v, following) in enumerate(parts):
+            shown = FlowStep(index, len(times) - 1, t, next_t, _copied(now), _copied(v), _copied(following), image)
+            given = on_step(shown)
+            changed.append(following if given is None else checked("on_step", given, like=following).to(following))
+        x = torch.cat(changed)
     return x
+
+
+class _FirstOf:
+    """A velocity that remembers the first value it gave."""
+
+    def __init__(self, velocity: Velocity) -> None:
+        self.velocity = velocity
+        self.value: Tensor | None = None
+
+    def __call__(self, x: Tensor, t: float, /) -> Tensor:
+        v = self.velocity(x, t)
+        if self.value is None:
+            self.value = v
+        return v
+
+
+def _copied(x: Tensor) -> Tensor:
+    with torch.inference_mode(False):  # or an observer could neither change it later nor differentiate through it
+        return x.clone()
+
+
+def checked(what: str, value: Any, *, like: Tensor) -> Tensor:
+    """Return what a replaceable part has returned.
+
+    Raises:
+        TypeError: it is no tensor of the shape of `like`.
+    """
+    if not isinstance(value, Tensor) or value.shape != like.shape:
+        got = f"shape {tuple(value.shape)}" if isinstance(value, Tensor) else described(value)
+        raise TypeError(f"{what} must return a tensor of shape {tuple(like.shape)}, got {got}")
+    return value

@@ -1,83 +1,122 @@
-"""Classifier-free guidance (arXiv 2207.12598) over text and pictures, with renormalisation, as pure functions."""
+"""Classifier-free guidance (arXiv 2207.12598) over text and images, with renormalisation, and the velocity it makes."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Literal, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
 
-RENORM_TYPES = ("global", "channel", "text_channel")
+from bagel.parameters import Parameters, option
+from bagel.sampling.flow import checked
+from bagel.sampling.taylorseer import CacheState, Caching
+
+BRANCHES = ("full", "text_dropped", "image_dropped")
+"""The velocities that guidance may ask for: with everything, without the last text, without images."""
 
 
-@dataclass(frozen=True)
-class Guidance:
-    """How strongly a picture follows its text and its pictures; the names are the official ones.
+@runtime_checkable
+class GuidanceRule(Protocol):
+    """Whatever makes one velocity of the branches' velocities.
+
+    An attribute `names`, which may be missing, lists all branches that it ever asks for.
+    """
+
+    def branches(self, t: float, /) -> tuple[str, ...]:
+        """Return which of `BRANCHES` it needs at the shifted time t."""
+        ...
+
+    def __call__(self, velocities: Mapping[str, Tensor], t: float, /) -> Tensor:
+        """Return the velocity (n, P) of one image from those of the branches, each (n, P) float32, by name."""
+        ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class Guiding(Parameters):
+    """The options of `Guidance`, under their official names."""
+
+    cfg_text_scale: float = option(
+        4.0, "how strongly to follow the text; 1 or less is no guidance at all", at_least=0, metavar="A"
+    )
+    cfg_img_scale: float = option(
+        1.0, "how strongly to follow the input images; 1 or less leaves that step out", at_least=0, metavar="B"
+    )
+    cfg_interval: tuple[float, float] = option(
+        (0.4, 1.0), "guidance acts at times low < t <= high, t from 1 to 0", metavar=("LOW", "HIGH")
+    )
+    cfg_renorm_type: Literal["global", "channel", "text_channel", "local"] = option(
+        "global",
+        "global keeps the norm of a whole image, channel that of each token, text_channel that of each token after the "
+        "text step only; local is an alias of channel",
+        metavar="TYPE",
+    )
+    cfg_renorm_min: float = option(
+        0.0, "the least factor of that renormalisation; 1 switches it off", at_least=0, at_most=1, metavar="M"
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.cfg_renorm_type == "local":
+            object.__setattr__(self, "cfg_renorm_type", "channel")
+        if len(self.cfg_interval) != 2 or not self.cfg_interval[0] <= self.cfg_interval[1]:
+            raise ValueError(f"cfg_interval must be a pair (low, high) with low <= high, got {self.cfg_interval!r}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Guidance(Guiding):
+    """How strongly an image follows its text and its input images; the names are the official ones.
 
     Args:
         cfg_text_scale: weight a of the text; 1 or less is no guidance at all.
-        cfg_img_scale: weight b of the pictures; 1 or less leaves that step out.
+        cfg_img_scale: weight b of the images; 1 or less leaves that step out.
         cfg_interval: (low, high): guidance acts where low < t <= high, t the shifted time.
-        cfg_renorm_type: "global" keeps the norm of a whole picture, "channel" that of each token, "text_channel" that
+        cfg_renorm_type: "global" keeps the norm of a whole image, "channel" that of each token, "text_channel" that
             of each token after the text step only. "local" is an alias of "channel".
         cfg_renorm_min: least factor of the renormalisation, in [0, 1]; 1 switches it off.
 
     Raises:
+        TypeError: a value of another type, named.
         ValueError: a value out of its range, named.
     """
 
-    cfg_text_scale: float = 4.0
-    cfg_img_scale: float = 1.0
-    cfg_interval: tuple[float, float] = (0.4, 1.0)
-    cfg_renorm_type: str = "global"
-    cfg_renorm_min: float = 0.0
-
-    def __post_init__(self) -> None:
-        if self.cfg_renorm_type == "local":
-            object.__setattr__(self, "cfg_renorm_type", "channel")
-        if self.cfg_renorm_type not in RENORM_TYPES:
-            raise ValueError(
-                f"cfg_renorm_type must be one of {', '.join(RENORM_TYPES)} or local, got {self.cfg_renorm_type!r}"
-            )
-        if not 0 <= self.cfg_renorm_min <= 1:
-            raise ValueError(f"cfg_renorm_min must lie in [0, 1], got {self.cfg_renorm_min}")
-        for name in ("cfg_text_scale", "cfg_img_scale"):
-            if not 0 <= getattr(self, name) < float("inf"):
-                raise ValueError(f"{name} must be a finite number of at least 0, got {getattr(self, name)}")
-        interval = tuple(self.cfg_interval)
-        if len(interval) != 2 or not interval[0] <= interval[1]:
-            raise ValueError(f"cfg_interval must be a pair (low, high) with low <= high, got {self.cfg_interval!r}")
-
     @property
-    def uses_text(self) -> bool:
-        """Whether the text-dropped branch is ever needed."""
-        return self.cfg_text_scale > 1
+    def names(self) -> tuple[str, ...]:
+        """The branches that are ever needed."""
+        if self.cfg_text_scale <= 1:
+            return BRANCHES[:1]
+        return BRANCHES if self.cfg_img_scale > 1 else BRANCHES[:2]
 
-    @property
-    def uses_image(self) -> bool:
-        """Whether the image-dropped branch is ever needed."""
-        return self.uses_text and self.cfg_img_scale > 1
+    def branches(self, t: float, /) -> tuple[str, ...]:
+        """Return the branches needed at the shifted time t, which is compared with the interval as float32."""
+        now, low, high = torch.tensor((t, *self.cfg_interval), dtype=torch.float32, device="cpu").tolist()
+        return self.names if low < now <= high else BRANCHES[:1]
 
-    def active(self, timesteps: Tensor) -> list[bool]:
-        """Return for each time (N,) float32 whether guidance acts there, all compared as float32."""
-        low, high = torch.tensor(self.cfg_interval, dtype=torch.float32)
-        inside = (timesteps > low) & (timesteps <= high)
-        return [self.uses_text and bool(x) for x in inside]
+    def __call__(self, velocities: Mapping[str, Tensor], t: float, /) -> Tensor:
+        """Return the guided velocity (n, P) of one image; that of the full branch where it stands alone."""
+        v, v_text = velocities["full"], velocities.get("text_dropped")
+        return v if v_text is None else guide(v, v_text, velocities.get("image_dropped"), self)
+
+
+def branch_names(rule: GuidanceRule) -> tuple[str, ...]:
+    """Return the branches that a rule may ask for: those it names, or all."""
+    return getattr(rule, "names", BRANCHES)
 
 
 def guide(v: Tensor, v_text: Tensor, v_img: Tensor | None, guidance: Guidance) -> Tensor:
-    """Combine the velocities of one picture, each (n, P) float32.
+    """Combine the velocities of one image, each (n, P) float32.
 
     Args:
         v: with everything.
         v_text: with the text dropped.
-        v_img: with the pictures dropped; None where that branch is not used.
+        v_img: with the images dropped; None where that branch is not used.
         guidance: scales and renormalisation; the interval is the caller's to check.
     """
     w = v_text + guidance.cfg_text_scale * (v - v_text)
     if guidance.cfg_renorm_type == "text_channel":
         w = w * _factor(v, w, guidance.cfg_renorm_min, per_token=True)
-    if v_img is not None and guidance.uses_image:
+    if v_img is not None and guidance.cfg_text_scale > 1 and guidance.cfg_img_scale > 1:
         w = v_img + guidance.cfg_img_scale * (w - v_img)
     if guidance.cfg_renorm_type == "text_channel":
         return w
@@ -90,3 +129,61 @@ def _factor(v: Tensor, w: Tensor, least: float, *, per_token: bool) -> Tensor:
     else:
         ratio = v.norm() / (w.norm() + 1e-8)
     return ratio.clamp(min=least, max=1.0)
+
+
+States = Callable[[Tensor, float, tuple[int, ...]], Sequence[Tensor]]
+"""(x (N, P) of all images, shifted time, branches to compute) -> last-layer state (n, H) of each branch."""
+
+
+@dataclass(frozen=True)
+class GuidedVelocity:
+    """The velocity of all images after guidance, as a function of x and the time; lives for one generation.
+
+    Args:
+        states: the model, as a callable.
+        head: maps a last-layer state (n, H) to a velocity (n, P) float32.
+        sizes: tokens of each image.
+        branches: per image the index of each branch, by its name; two names may share one where their contexts are
+            the same.
+        guidance: makes one velocity of the branches', image by image.
+        caching: predicts some evaluations instead of computing them.
+    """
+
+    states: States
+    head: Callable[[Tensor], Tensor]
+    sizes: Sequence[int]
+    branches: Sequence[Mapping[str, int]]
+    guidance: GuidanceRule
+    caching: Caching | None = None
+    cached: dict[int, CacheState] = field(default_factory=dict, init=False)
+
+    def __call__(self, x: Tensor, t: float, /) -> Tensor:
+        """Return the velocity (N, P) of all images at x (N, P) and the shifted time t.
+
+        Raises:
+            ValueError: the guidance asks for a branch that there is not.
+            TypeError: the guidance returns something else than a velocity.
+        """
+        names = self.guidance.branches(t)
+        if missing := [name for name in names if any(name not in own for own in self.branches)]:
+            raise ValueError(f"the guidance asks for the branch {missing[0]!r}; there is {', '.join(self.branches[0])}")
+        needed = tuple(dict.fromkeys(own[name] for own in self.branches for name in names))
+        velocity = {branch: self.head(state) for branch, state in self._states(x, t, needed).items()}
+        guided = []
+        for own, latents in zip(self.branches, x.split(list(self.sizes)), strict=True):
+            v = self.guidance({name: velocity[own[name]] for name in names}, t)
+            guided.append(checked("the guidance", v, like=latents))
+        return guided[0] if len(guided) == 1 else torch.cat(guided)
+
+    def _states(self, x: Tensor, t: float, needed: tuple[int, ...]) -> dict[int, Tensor]:
+        if self.caching is None:
+            return dict(zip(needed, self.states(x, t, needed), strict=True))
+        for branch in needed:
+            if branch not in self.cached:
+                self.cached[branch] = self.caching.start()
+        due = tuple(branch for branch in needed if self.cached[branch].due)
+        found = {branch: self.cached[branch].predict() for branch in needed if branch not in due}
+        for branch, state in zip(due, self.states(x, t, due) if due else [], strict=True):
+            self.cached[branch].record(state)
+            found[branch] = state
+        return found

@@ -4,14 +4,44 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
 
+from bagel.parameters import Parameters, option
 
-@dataclass(frozen=True)
-class TextSampling:
-    """How tokens are chosen.
+
+@runtime_checkable
+class Chooser(Protocol):
+    """Whatever chooses the next token ids (B,) long of B texts from their logits (B, vocab) float32.
+
+    There is one generator per text; a chooser that draws must draw from those only. Two members may be missing:
+    `greedy`, which promises that nothing is drawn, and `discard(vocab_size, generator)`, which moves a generator on by
+    one draw where a text ends at its limit.
+    """
+
+    def __call__(self, logits: Tensor, generators: Sequence[torch.Generator], /) -> Tensor:
+        """Return the ids, on the device of the logits."""
+        ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class Choosing(Parameters):
+    """The options of `TextSampling`."""
+
+    do_sample: bool = option(False, "draw the tokens of a text instead of taking the likeliest")
+    temperature: float = option(
+        0.3, "the higher, the more even the draws; 0 takes the likeliest", at_least=0, needs="do_sample", metavar="T"
+    )
+    top_p: float = option(
+        1.0, "draw among the likeliest tokens of this sum", above=0, at_most=1, needs="do_sample", metavar="P"
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class TextSampling(Choosing):
+    """A chooser: takes the likeliest token, or draws one.
 
     Args:
         do_sample: draw instead of taking the likeliest.
@@ -22,53 +52,36 @@ class TextSampling:
         ValueError: a value out of its range, named.
     """
 
-    do_sample: bool = False
-    temperature: float = 0.3
-    top_p: float = 1.0
-
-    def __post_init__(self) -> None:
-        if not 0 <= self.temperature < float("inf"):
-            raise ValueError(f"temperature must be a finite number of at least 0, got {self.temperature}")
-        if not 0 < self.top_p <= 1:
-            raise ValueError(f"top_p must lie in (0, 1], got {self.top_p}")
-
     @property
     def greedy(self) -> bool:
         """Whether the likeliest token is taken."""
         return not self.do_sample or self.temperature == 0
 
+    def __call__(self, logits: Tensor, generators: Sequence[torch.Generator], /) -> Tensor:
+        """Return the next token ids (B,) long from logits (B, vocab) float32; nothing is read from their device.
 
-def next_tokens(logits: Tensor, sampling: TextSampling, generators: Sequence[torch.Generator]) -> Tensor:
-    """Return the next token ids (B,) long from logits (B, vocab) float32, on their device; nothing is read from there.
+        A draw is that of `torch.multinomial`: the largest quotient of probability and exponential noise. The noise is
+        drawn on each generator's device, so a CPU generator gives the same tokens everywhere.
 
-    A draw is that of `torch.multinomial`: the largest quotient of probability and exponential noise. The noise is drawn
-    on each generator's device, so a CPU generator gives the same tokens everywhere.
+        Raises:
+            ValueError: not as many generators as rows.
+        """
+        if len(generators) != logits.shape[0]:
+            raise ValueError(f"{logits.shape[0]} texts need as many generators, got {len(generators)}")
+        if self.greedy:
+            return logits.argmax(-1)
+        probabilities = torch.softmax(logits / self.temperature, dim=-1)
+        if self.top_p < 1:
+            probabilities = _nucleus(probabilities, self.top_p)
+        noise = torch.stack([_noise(logits.shape[-1], generator) for generator in generators])
+        if logits.is_cuda and not noise.is_cuda:
+            noise = noise.pin_memory()  # from there it is copied while the GPU computes
+        return (probabilities / noise.to(logits.device, non_blocking=True)).argmax(-1)
 
-    Args:
-        logits: one row for each text.
-        sampling: how tokens are chosen.
-        generators: one a row.
-
-    Raises:
-        ValueError: not as many generators as rows.
-    """
-    if len(generators) != logits.shape[0]:
-        raise ValueError(f"{logits.shape[0]} texts need as many generators, got {len(generators)}")
-    if sampling.greedy:
-        return logits.argmax(-1)
-    probabilities = torch.softmax(logits / sampling.temperature, dim=-1)
-    if sampling.top_p < 1:
-        probabilities = _nucleus(probabilities, sampling.top_p)
-    noise = torch.stack([_noise(logits.shape[-1], generator) for generator in generators])
-    if logits.is_cuda and not noise.is_cuda:
-        noise = noise.pin_memory()  # from there it is copied while the GPU computes
-    return (probabilities / noise.to(logits.device, non_blocking=True)).argmax(-1)
-
-
-def discard_draw(vocab_size: int, sampling: TextSampling, generator: torch.Generator) -> None:
-    """Advance the generator by one draw: the official loop draws once more than it keeps."""
-    if not sampling.greedy:
-        _noise(vocab_size, generator)
+    def discard(self, vocab_size: int, generator: torch.Generator) -> None:
+        """Advance the generator by one draw: the official loop draws once more than it keeps."""
+        if not self.greedy:
+            _noise(vocab_size, generator)
 
 
 def _noise(vocab_size: int, generator: torch.Generator) -> Tensor:

@@ -23,7 +23,7 @@ RUN.json:
             "dropout": {"text": 0.1, "vae": 0.3, "vit": 0.3},
             "sources": {"draw": {"kind": "text_to_image", "place": "t2i/", "weight": 2},
                         "edit": {"kind": "editing", "place": "edit/"},
-                        "talk": {"kind": "conversations", "place": "talk.jsonl", "images": "pictures/"}}},
+                        "talk": {"kind": "conversations", "place": "talk.jsonl", "images": "images/"}}},
    "train": {"steps": 10000, "lr": 1e-4, "precision": "bfloat16", "save_every": 500}}
 
 examples:

@@ -103,7 +103,7 @@ def _parquet(file: Path) -> Any:
 class TextToImage:
     """Parquet files with `image` (bytes) and `captions` (JSON: a text, a list, or an object of texts).
 
-    One caption is chosen at random and may be dropped; the picture is the target.
+    One caption is chosen at random and may be dropped; the image is the target.
     """
 
     def __init__(self, place: str | Path, maker: ItemMaker, *, seed: int = 0) -> None:
@@ -124,9 +124,9 @@ class TextToImage:
 
 
 class Editing:
-    """Parquet files with `image_list` (bytes) and `instruction_list` (between pictures: a text, or several).
+    """Parquet files with `image_list` (bytes) and `instruction_list` (between images: a text, or several).
 
-    The first picture is a condition; each later one is the target of its instruction, and a condition for the next.
+    The first image is a condition; each later one is the target of its instruction, and a condition for the next.
     """
 
     def __init__(self, place: str | Path, maker: ItemMaker, *, seed: int = 0) -> None:
@@ -141,7 +141,7 @@ class Editing:
         maker, steps = self.maker, row["instruction_list"]
         images = [_open(image) for image in row["image_list"]]
         if len(images) < 2 or len(images) != len(steps) + 1:
-            raise ValueError(f"an edit needs one picture more than instructions, got {len(images)} and {len(steps)}")
+            raise ValueError(f"an edit needs one image more than instructions, got {len(images)} and {len(steps)}")
         items: list[Item] = []
         for before, after, step in zip(images, images[1:], steps, strict=False):
             words = step if isinstance(step, str) else rng.choice(step)
@@ -152,12 +152,12 @@ class Editing:
 class Conversations:
     """Jsonl of `{"image": path or paths, "conversations": [{"from": "human" or "gpt", "value": text}, ...]}`.
 
-    `<image>` in a text stands for the next picture. What "gpt" says is learned.
+    `<image>` in a text stands for the next image. What "gpt" says is learned.
 
     Args:
         place: a file or a folder of them.
         maker: of the model.
-        images: folder of the pictures, by default that of the jsonl file.
+        images: folder of the images, by default that of the jsonl file.
         seed: of the order, new in each epoch.
     """
 
@@ -183,13 +183,13 @@ class Conversations:
     def _items(self, row: Row, rng: random.Random) -> list[Item]:
         talk = json.loads(row["line"])
         paths = talk.get("image", [])
-        pictures = iter([paths] if isinstance(paths, str) else paths)
+        images = iter([paths] if isinstance(paths, str) else paths)
         items: list[Item] = []
         for turn in talk["conversations"]:
             if turn["from"] not in ("human", "gpt"):
                 raise ValueError(f'"from" must be "human" or "gpt", got {turn["from"]!r}')
-            items += _turn(turn, pictures, row["folder"], self.maker)
-        unused = list(pictures)
+            items += _turn(turn, images, row["folder"], self.maker)
+        unused = list(images)
         if unused:
             raise ValueError(f"no <image> stands for {unused}")
         return items
@@ -203,13 +203,13 @@ def _named(make: Callable[[Row, random.Random], list[Item]], row: Row, name: str
         raise BrokenRowError(f"{name}: {type(error).__name__}: {error}") from error
 
 
-def _turn(turn: Row, pictures: Any, folder: Path, maker: ItemMaker) -> list[Item]:
+def _turn(turn: Row, images: Any, folder: Path, maker: ItemMaker) -> list[Item]:
     items: list[Item] = []
     for number, text in enumerate(turn["value"].split("<image>")):
         if number:
-            path = next(pictures, None)
+            path = next(images, None)
             if path is None:
-                raise ValueError("there are more <image> than pictures")
+                raise ValueError("there are more <image> than images")
             items.append(maker.vit(open_image(folder / path)))
         if text.strip():
             items.append(maker.text(text.strip(), loss=turn["from"] == "gpt"))

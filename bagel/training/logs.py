@@ -50,7 +50,7 @@ class Flops:
         num_und, num_gen = packed.und_positions.shape[0], packed.gen_positions.shape[0]
         weights = self.und * num_und + self.gen * num_gen
         weights += self.vit * packed.vit_rows.shape[0] + self.head * packed.label_rows.shape[0]
-        return 6.0 * weights + self.pair * float(sum(length**2 for length in batch.layout.lengths))
+        return 6.0 * weights + self.pair * float(sum(length**2 for length in packed.layout.lengths))
 
 
 def _count(module: nn.Module) -> int:

@@ -1,7 +1,7 @@
-"""From what a sample says (texts and pictures, with losses and dropout) to the segments that are packed.
+"""From what a sample says (texts and images, with losses and dropout) to the segments that are packed.
 
 An *item* is one piece of a sample as its author means it; `build` turns a list of items into segments by the rules of
-training: the labels of a text, the time of a picture, which conditions are dropped. Latents stay clean here: noise is
+training: the labels of a text, the time of an image, which conditions are dropped. Latents stay clean here: noise is
 mixed in on the device, where it costs nothing (`bagel.training.batch.noised`).
 """
 
@@ -18,8 +18,8 @@ from PIL import Image
 from torch import Tensor
 
 from bagel.config import BagelConfig
-from bagel.image import open_image, patch_positions, prepare_input
 from bagel.packing import IGNORE, DroppedImage, Frames, LatentImage, Segment, Text, ViTImage
+from bagel.processor import Processor
 from bagel.tokenizer import Tokenizer
 
 
@@ -42,7 +42,7 @@ class TextItem:
 
 @dataclass(frozen=True)
 class ViTItem:
-    """A picture to look at.
+    """An image to look at.
 
     Args:
         patches: (n, patch values), float in [-1, 1] or uint8 in [0, 255].
@@ -59,7 +59,7 @@ class ViTItem:
 
 @dataclass(frozen=True)
 class LatentItem:
-    """A picture as autoencoder latents: a clean condition, or with `loss` the target.
+    """An image as autoencoder latents: a clean condition, or with `loss` the target.
 
     Args:
         content: latent tokens (n, P) as `Autoencoder.encode` and `patchify` make them, or pixels (3, H, W), float in
@@ -189,7 +189,7 @@ def build(
             frames = tuple(_latents(image, rules, t if image.loss else 0.0) for image in item.images)
             segments.append(Frames(frames, item.deltas))
         elif _dropped(item, rules.dropout, rng):
-            # A picture left out still takes its rotary position; a text leaves no trace.
+            # An image left out still takes its rotary position; a text leaves no trace.
             segments += [] if isinstance(item, TextItem) else [DroppedImage()]
         elif isinstance(item, TextItem):
             segments.append(_text(item, rules))
@@ -242,7 +242,7 @@ def _latents(item: LatentItem, rules: Rules, t: float) -> LatentImage:
 
 
 class ItemMaker:
-    """Makes items of texts and PIL pictures for one model: tokenised, resized by its rules, cut into patches.
+    """Makes items of texts and PIL images for one model: tokenised, resized by its rules, cut into patches.
 
     Pixels and patches are kept in 8 bits: a quarter of the bytes on their way to the device.
 
@@ -253,42 +253,33 @@ class ItemMaker:
 
     def __init__(self, config: BagelConfig, tokenizer: Tokenizer) -> None:
         self.config = config
-        self.tokenizer = tokenizer
-        self._cells: dict[tuple[int, int, int], Tensor] = {}
+        self.processor = Processor(config, tokenizer)
 
     def text(
         self, text: str, *, loss: bool = False, droppable: bool = False, special_label: int | None = None
     ) -> TextItem:
         """Return a text item."""
-        return TextItem(self.tokenizer.encode(text), loss, droppable, special_label)
+        return TextItem(self.processor.tokenizer.encode(text), loss, droppable, special_label)
 
     def vit(self, image: Image.Image, *, droppable: bool = False) -> ViTItem:
-        """Return what the ViT sees of a picture."""
-        return self.condition(image, droppable=droppable)[1]
+        """Return what the ViT sees of an image."""
+        seen = self.processor.see(image)
+        return ViTItem(seen.patches, seen.position_ids, droppable)
 
     def latent(self, image: Image.Image, *, loss: bool = False, droppable: bool = False) -> LatentItem:
-        """Return the pixels of a picture for the autoencoder."""
-        config = self.config
-        vit_rule = config.vae_image_transform  # what the ViT would see is not looked at
-        prepared = prepare_input(
-            open_image(image), vae_rule=config.vae_image_transform, vit_rule=vit_rule, patch_size=1
-        )
-        return self._latent(prepared.vae_levels, loss=loss, droppable=droppable)
+        """Return the pixels of an image for the autoencoder."""
+        return self._latent(self.processor.pixels(image), loss=loss, droppable=droppable)
 
     def condition(self, image: Image.Image, *, droppable: bool = True) -> tuple[LatentItem, ViTItem]:
-        """Return both views of an input picture, in the order in which a model gets them."""
-        config = self.config
-        if config.vit_config is None:
-            raise ValueError("this model has no vision half: it cannot be trained on pictures to look at")
-        prepared = prepare_input(
-            open_image(image),
-            vae_rule=config.vae_image_transform,
-            vit_rule=config.vit_image_transform,
-            patch_size=config.vit_config.patch_size,
-        )
-        cells = self._grid(*prepared.vit_grid, config.vit_max_num_patch_per_side)
-        seen = ViTItem(prepared.vit_patches, cells, droppable)
-        return self._latent(prepared.vae_levels, loss=False, droppable=droppable), seen
+        """Return both views of an input image, in the order in which a model gets them.
+
+        Raises:
+            MissingHalfError: the model has no vision half.
+        """
+        prepared = self.processor.prepare(image)
+        seen = self.processor.see(prepared)
+        latent = self._latent(prepared.vae_levels, loss=False, droppable=droppable)
+        return latent, ViTItem(seen.patches, seen.position_ids, droppable)
 
     def frames(self, images: Sequence[Image.Image], deltas: Sequence[int], *, loss: bool = True) -> FramesItem:
         """Return the frames of a video as one split."""
@@ -298,14 +289,5 @@ class ItemMaker:
         step = self.config.latent_downsample
         height, width = pixels.shape[1:]
         if height % step or width % step:
-            raise ValueError(
-                f"a picture of {width}x{height} pixels does not divide into latent tokens of {step} pixels"
-            )
-        cells = self._grid(height // step, width // step, self.config.max_latent_size)
-        return LatentItem(pixels, cells, loss, droppable)
-
-    def _grid(self, rows: int, cols: int, side: int) -> Tensor:
-        key = rows, cols, side
-        if key not in self._cells:
-            self._cells[key] = patch_positions(rows, cols, side, interpolate=self.config.interpolate_pos)
-        return self._cells[key]
+            raise ValueError(f"an image of {width}x{height} pixels does not divide into latent tokens of {step} pixels")
+        return LatentItem(pixels, self.processor.grid(height, width), loss, droppable)

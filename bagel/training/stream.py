@@ -16,7 +16,7 @@ from typing import Any, Protocol
 import torch
 from torch.utils.data import DataLoader, IterableDataset
 
-from bagel.packing import DroppedImage, Frames, LatentImage, Segment, Text, ViTImage
+from bagel.packing import Segment
 from bagel.training.batch import Batch, FlatBatch, collate
 from bagel.training.samples import Item, Rules, build
 
@@ -93,23 +93,6 @@ class Data:
         }
 
 
-def token_count(segments: Sequence[Segment]) -> int:
-    """Return the tokens of a sample."""
-    total = 0
-    for segment in segments:
-        if isinstance(segment, Text):
-            total += segment.ids.shape[0]
-        elif isinstance(segment, ViTImage):
-            total += segment.patches.shape[0] + 2
-        elif isinstance(segment, LatentImage):
-            total += segment.latents.shape[0] + 2
-        elif isinstance(segment, Frames):
-            total += token_count(segment.images)
-        else:
-            assert isinstance(segment, DroppedImage)
-    return total
-
-
 Ticket = tuple[int, str, int]
 """A draw's number, its source, and the number of the sample there: enough to make the sample again."""
 
@@ -148,7 +131,7 @@ class Stream:
         return collate(chosen, image_tokens=self.data.image_tokens)
 
     def _place(self, entry: tuple[Ticket, list[Segment]], chosen: list[list[Segment]], room: int) -> int:
-        tokens = token_count(entry[1])
+        tokens = sum(segment.length for segment in entry[1])
         if tokens > room:
             self.waiting.append(entry)
             return room
@@ -175,7 +158,7 @@ class Stream:
         number, name, index = ticket
         rng = self._rng(number, "sample")
         segments = build(self.data.sources[name].sample(index, rng), self.data.rules, rng)
-        tokens = token_count(segments)
+        tokens = sum(segment.length for segment in segments)
         if tokens > self.data.token_budget or tokens == 0:
             raise BrokenRowError(
                 f"{name} sample {index} has {tokens} tokens; a batch takes 1 to {self.data.token_budget} (token_budget)"

@@ -20,7 +20,6 @@ from torch.utils.checkpoint import checkpoint
 from bagel.checkpoint import CheckpointError
 from bagel.modeling import Bagel
 from bagel.modeling.layers import compile_experts
-from bagel.modeling.mot import Attend
 from bagel.packing import Packed
 from bagel.tokenizer import Tokenizer
 from bagel.training import state
@@ -42,12 +41,12 @@ class SummedLosses(nn.Module):
         super().__init__()
         self.model = model
 
-    def forward(self, packed: Packed, attend: Attend) -> tuple[Tensor, Tensor]:
+    def forward(self, packed: Packed) -> tuple[Tensor, Tensor]:
         """Return the weighted sum of the cross-entropies and the sum of the squared errors of a batch.
 
         Every trained parameter takes part, with weight zero where the batch has no use for it.
         """
-        losses = self.model.losses(packed, attend=attend)
+        losses = self.model.losses(packed)
         # Of the mean loss only its zero is taken: it ties in both experts to the last layer.
         idle = 0 * losses.loss
         for module in self._idle(packed):
@@ -78,7 +77,7 @@ class Trainer:
         config: see `TrainConfig`.
         tokenizer: goes into the checkpoints.
         out: the run's folder.
-        vae: goes into the checkpoints, and encodes pictures that come as pixels; frozen.
+        vae: goes into the checkpoints, and encodes images that come as pixels; frozen.
         device: "cpu" or "cuda"; by default a GPU where there is one.
         progress: show a progress bar on a terminal.
         on_step: called with (step, values) after every line of the log.
@@ -118,6 +117,8 @@ class Trainer:
         self.vae = None if vae is None else vae.to(self.device).eval().requires_grad_(False)
         self.flops = Flops(model)
         freeze(model.to(self.device), config.freeze)
+        dtype = torch.bfloat16 if config.precision == "bfloat16" else torch.float32
+        model.attention = attention_of(config.attention, device=self.device, dtype=dtype)
         self.root = _prepared(SummedLosses(model.train()), config, self.world)
         self.parameters = trainable(self.root.model)
         self.optimiser = Optimiser(self.parameters, config)
@@ -191,12 +192,10 @@ class Trainer:
         seed = random.Random(f"{self.config.seed}/{number}").getrandbits(63)
         generator = torch.Generator(self.device).manual_seed(seed)
         narrow = self.config.precision == "bfloat16"
-        dtype = torch.bfloat16 if narrow else torch.float32
-        attend = attention_of(batch.layout, kind=self.config.attention, dtype=dtype)
         planless = sdpa_kernel(KERNELS) if self.device.type == "cuda" else nullcontext()
         with torch.autocast(self.device.type, torch.bfloat16, enabled=narrow), planless:
             packed = on_device(batch, vae=self.vae, patch=self.model_config.latent_patch_size, generator=generator)
-            return self.root(packed, attend)
+            return self.root(packed)
 
     def _feed(self) -> Iterator[Delivery]:
         config, world = self.config, self.world

@@ -1,6 +1,6 @@
 """Training of the autoencoder: reconstruction, its gradients, and the posterior's distance from a normal.
 
-No other network judges the pictures: what a perceptual term would add at edges comes from comparing the differences
+No other network judges the images: what a perceptual term would add at edges comes from comparing the differences
 between neighbouring pixels.
 """
 
@@ -27,13 +27,13 @@ from bagel.training.logs import Log
 from bagel.training.optimiser import Optimiser
 from bagel.vae import Autoencoder
 
-Pictures = Callable[[random.Random], Tensor]
-"""Makes one picture (3, H, W), uint8 in [0, 255], or float in [-1, 1]; those of a batch have one size."""
+Images = Callable[[random.Random], Tensor]
+"""Makes one image (3, H, W), uint8 in [0, 255], or float in [-1, 1]; those of a batch have one size."""
 
 
 @dataclass(frozen=True)
 class VAELossWeights:
-    """Weights of the terms: absolute and squared error, error of the picture's gradients, divergence."""
+    """Weights of the terms: absolute and squared error, error of the image's gradients, divergence."""
 
     l1: float = 1.0
     l2: float = 1.0
@@ -42,7 +42,7 @@ class VAELossWeights:
 
 
 def vae_losses(vae: Autoencoder, pixels: Tensor, noise: Tensor, extra: Tensor | None = None) -> dict[str, Tensor]:
-    """Return the terms of the loss of pictures, each a mean.
+    """Return the terms of the loss of images, each a mean.
 
     Args:
         vae: differentiable.
@@ -67,12 +67,12 @@ def vae_losses(vae: Autoencoder, pixels: Tensor, noise: Tensor, extra: Tensor | 
 
 @torch.no_grad()
 def latent_statistics(vae: Autoencoder, batches: Iterable[Tensor], generator: torch.Generator) -> VAEConfig:
-    """Return the configuration with the scale and shift that give these pictures' latents mean zero and deviation one.
+    """Return the configuration with the scale and shift that give these images' latents mean zero and deviation one.
 
     Args:
         vae: trained; its own scale and shift play no part.
-        batches: of pictures (B, 3, H, W) in [-1, 1].
-        generator: of the posterior's noise, on the pictures' device.
+        batches: of images (B, 3, H, W) in [-1, 1].
+        generator: of the posterior's noise, on the images' device.
     """
     total, squares, count = 0.0, 0.0, 0
     for pixels in batches:
@@ -88,30 +88,30 @@ def latent_statistics(vae: Autoencoder, batches: Iterable[Tensor], generator: to
 class _Batches(Dataset):
     """The batch of every step, by the step's number."""
 
-    def __init__(self, pictures: Pictures, size: int, seed: int) -> None:
-        self.pictures, self.size, self.seed = pictures, size, seed
+    def __init__(self, images: Images, size: int, seed: int) -> None:
+        self.images, self.size, self.seed = images, size, seed
 
     def __getitem__(self, step: int) -> Tensor:
-        return torch.stack([self.pictures(random.Random(f"{self.seed}/{step}/{i}")) for i in range(self.size)])
+        return torch.stack([self.images(random.Random(f"{self.seed}/{step}/{i}")) for i in range(self.size)])
 
 
 class VAETrainer:
     """Trains an autoencoder on one device; goes on where an earlier run in its folder stopped.
 
     Its checkpoints hold `ae.safetensors` (the moving average), `vae_config.json` with the scale and shift measured on
-    pictures, and what resuming needs.
+    images, and what resuming needs.
 
     Args:
         vae: float32 weights; moved to the device.
-        pictures: makes training pictures.
+        images: makes training images.
         config: `ce_weight`, `mse_weight`, `freeze`, `attention`, `batches`, `activation_checkpointing` and `compile`
             play no part.
-        batch_size: pictures of a step.
+        batch_size: images of a step.
         out: the run's folder.
         weights: of the loss.
         decoder_only: keep the encoder, the scale and the shift as they are, and so the latents on which a model was
             trained.
-        latent_noise: deviation of the noise on the latents that are decoded, of each picture drawn evenly up to this,
+        latent_noise: deviation of the noise on the latents that are decoded, of each image drawn evenly up to this,
             in the unit of `Autoencoder.encode`: what a model draws is not exact either.
         device: where to train.
         progress: show a progress bar on a terminal.
@@ -120,7 +120,7 @@ class VAETrainer:
     def __init__(
         self,
         vae: Autoencoder,
-        pictures: Pictures,
+        images: Images,
         config: TrainConfig,
         *,
         batch_size: int,
@@ -132,7 +132,7 @@ class VAETrainer:
         progress: bool = True,
     ) -> None:
         self.vae, self.config, self.weights = vae.to(device).train().requires_grad_(True), config, weights
-        self.batches = _Batches(pictures, batch_size, config.seed)
+        self.batches = _Batches(images, batch_size, config.seed)
         self.out, self.device, self.progress = Path(out), torch.device(device), progress
         self.decoder_only, self.latent_noise = decoder_only, latent_noise
         self.vae.encoder.requires_grad_(not decoder_only)
@@ -181,7 +181,7 @@ class VAETrainer:
         return self.save()
 
     def step(self, pixels: Tensor) -> dict[str, Tensor]:
-        """Do one optimizer step on pictures (B, 3, H, W); return the terms of the loss."""
+        """Do one optimizer step on images (B, 3, H, W); return the terms of the loss."""
         config, vae = self.config, self.vae
         pixels = self._unit(pixels)
         generator = self._generator(self.done)
@@ -202,7 +202,7 @@ class VAETrainer:
         return {"loss": self.loss, **{name: term.detach() for name, term in terms.items()}}
 
     def averaged(self) -> Autoencoder:
-        """Return the averaged autoencoder, its scale and shift measured on 16 batches of pictures unless they stay."""
+        """Return the averaged autoencoder, its scale and shift measured on 16 batches of images unless they stay."""
         weights = self.vae.state_dict() | self.optimiser.average
         vae = Autoencoder(self.vae.config).to(self.device)
         vae.load_state_dict(weights)

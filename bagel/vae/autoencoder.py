@@ -6,7 +6,8 @@ import torch
 from torch import Tensor, nn
 
 from bagel.config import VAEConfig
-from bagel.vae.blocks import DownLevel, Middle, UpLevel, group_norm, norm_silu
+from bagel.kernels import group_norm_silu
+from bagel.vae.blocks import DownLevel, Middle, UpLevel, group_norm
 
 
 class Autoencoder(nn.Module):
@@ -35,7 +36,7 @@ class Autoencoder(nn.Module):
                 f"pixels must have shape (B, {channels}, H, W) with H and W multiples of {stride}, "
                 f"got {tuple(pixels.shape)}; resize the picture first"
             )
-        mean, logvar = self.encoder(pixels.to(self.encoder.conv_in.weight.dtype)).chunk(2, dim=1)
+        mean, logvar = self.encoder(pixels.to(next(self.encoder.parameters()).dtype)).chunk(2, dim=1)
         return mean, logvar
 
     def encode(self, pixels: Tensor, noise: Tensor | None) -> Tensor:
@@ -47,7 +48,9 @@ class Autoencoder(nn.Module):
 
         Raises ValueError if pixels or noise have another shape.
         """
-        mean, logvar = (at_least_float32(moment) for moment in self.moments(pixels))
+        mean, logvar = self.moments(pixels)
+        wide = torch.promote_types(mean.dtype, torch.float32)
+        mean, logvar = mean.to(wide), logvar.to(wide)
         if noise is not None and noise.shape != mean.shape:
             raise ValueError(
                 f"noise must have the latents' shape {tuple(mean.shape)}, got {tuple(noise.shape)}; "
@@ -65,8 +68,9 @@ class Autoencoder(nn.Module):
         """
         if latents.ndim != 4 or latents.shape[1] != self.config.z_channels:
             raise ValueError(f"latents must have shape (B, {self.config.z_channels}, h, w), got {tuple(latents.shape)}")
-        z = at_least_float32(latents) / self.config.scale_factor + self.config.shift_factor
-        return self.decoder(z.to(self.decoder.conv_in.weight.dtype))
+        wide = torch.promote_types(latents.dtype, torch.float32)
+        z = latents.to(wide) / self.config.scale_factor + self.config.shift_factor
+        return self.decoder(z.to(next(self.decoder.parameters()).dtype))
 
 
 class Encoder(nn.Module):
@@ -90,7 +94,7 @@ class Encoder(nn.Module):
         x = self.conv_in(x)
         for level in self.down:
             x = level(x)
-        return self.conv_out(norm_silu(self.norm_out, self.mid(x)))
+        return self.conv_out(group_norm_silu(self.norm_out, self.mid(x)))
 
 
 class Decoder(nn.Module):
@@ -114,9 +118,4 @@ class Decoder(nn.Module):
         x = self.mid(self.conv_in(x))
         for level in reversed(self.up):
             x = level(x)
-        return self.conv_out(norm_silu(self.norm_out, x))
-
-
-def at_least_float32(x: Tensor) -> Tensor:
-    """Return x in float32, or in its own type if that is wider."""
-    return x.to(torch.promote_types(x.dtype, torch.float32))
+        return self.conv_out(group_norm_silu(self.norm_out, x))

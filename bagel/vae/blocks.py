@@ -6,50 +6,16 @@ so; kernels return channels-last pictures.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
-
-import torch
 import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-from bagel.kernels import fused, is_plain
+from bagel.kernels import add_biased, convolve, doubled, group_norm_silu
 
 
 def group_norm(channels: int) -> nn.GroupNorm:
     """Return the normalisation used everywhere: 32 groups, eps 1e-6."""
     return nn.GroupNorm(32, channels, eps=1e-6)
-
-
-def norm_silu(norm: nn.GroupNorm, x: Tensor, plus: Tensor | None = None) -> Tensor:
-    """Return silu of the norm of x (B, C, H, W), to which a bias (C,) is added first."""
-    if is_plain(norm, nn.GroupNorm) and (group_norm_silu := _fused("group_norm_silu", x)):
-        return group_norm_silu(x, norm.weight, norm.bias, groups=norm.num_groups, eps=norm.eps, plus=plus)
-    return F.silu(norm(_biased(x, plus)))
-
-
-def convolve(conv: nn.Conv2d, x: Tensor) -> tuple[Tensor, Tensor | None]:
-    """Return the convolution of x, and its bias where that is still to be added: kernels that follow do it for less."""
-    if is_plain(conv, nn.Conv2d) and _fused("add_biased", x):
-        return F.conv2d(x, conv.weight, None, conv.stride, conv.padding), conv.bias
-    return conv(x), None
-
-
-def add(x: Tensor, y: Tensor, bias: Tensor | None) -> Tensor:
-    """Return x + y, both (B, C, H, W), plus a bias (C,)."""
-    if bias is not None and (add_biased := _fused("add_biased", x)):
-        return add_biased(x, y, bias)
-    return x + _biased(y, bias)
-
-
-def _fused(name: str, x: Tensor) -> Callable[..., Any] | None:
-    """Return a kernel that adds up in float32 and rounds: none for float32 itself, the exact reference."""
-    return None if x.dtype == torch.float32 else fused(name, x)
-
-
-def _biased(x: Tensor, bias: Tensor | None) -> Tensor:
-    return x if bias is None else x + bias[:, None, None]
 
 
 class ResidualBlock(nn.Module):
@@ -66,9 +32,9 @@ class ResidualBlock(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Return the block's output."""
-        h, bias = convolve(self.conv1, norm_silu(self.norm1, x))
-        h, bias = convolve(self.conv2, norm_silu(self.norm2, h, plus=bias))
-        return add(self.nin_shortcut(x), h, bias)
+        h, bias = convolve(self.conv1, group_norm_silu(self.norm1, x))
+        h, bias = convolve(self.conv2, group_norm_silu(self.norm2, h, plus=bias))
+        return add_biased(self.nin_shortcut(x), h, bias)
 
 
 class AttentionBlock(nn.Module):
@@ -116,13 +82,6 @@ class Downsample(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Return the smaller picture; padded on the right and at the bottom only, as the weights were trained."""
         return self.conv(F.pad(x, (0, 1, 0, 1)))
-
-
-def doubled(x: Tensor) -> Tensor:
-    """Return x (B, C, H, W) with each pixel four times, (B, C, 2H, 2W)."""
-    if double := fused("doubled", x):
-        return double(x)
-    return F.interpolate(x, scale_factor=2, mode="nearest")
 
 
 class Upsample(nn.Module):

@@ -1,8 +1,10 @@
-"""SigLIP's vision transformer (arXiv 2303.15343) over packed pictures: patches of all of them in one row."""
+"""SigLIP's vision transformer (arXiv 2303.15343) over packed images: patches of all of them in one row."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -15,7 +17,10 @@ from bagel.vit.rope import rotary_table, rotate
 
 
 class SiglipViT(nn.Module):
-    """Encode packed patches into features; pictures may have any sizes and never see each other.
+    """Encode packed patches into features; images may have any sizes and never see each other.
+
+    `attention` gathers values, a function of q, k and v (B, n, heads, head_dim) and the number of the layer; any
+    attention of the decoder may stand there too.
 
     The layers that released weights hold (`config.num_layers`), then the final LayerNorm; no pooling head. Positions
     are a learned table (`position_embedding`) or, with `config.rope`, a 2-D rotary embedding without parameters.
@@ -24,6 +29,7 @@ class SiglipViT(nn.Module):
     def __init__(self, config: ViTConfig):
         super().__init__()
         self.config = config
+        self.attention: Any = attend
         self.patch_embedding = nn.Linear(config.patch_dim, config.hidden_size)
         if not config.rope:
             self.position_embedding = Embedding(config.num_patches_per_side**2, config.hidden_size)
@@ -42,14 +48,14 @@ class SiglipViT(nn.Module):
         """
         self._check(patches, position_ids, lengths)
         config = self.config
-        x = self.patch_embedding(patches.to(self.norm.weight.dtype))  # (N, hidden)
+        x = self.patch_embedding(patches.to(next(self.parameters()).dtype))  # (N, hidden)
         rotary = None
         if config.rope:
             rotary = rotary_table(position_ids, side=config.num_patches_per_side, head_dim=config.head_dim)
         else:
             x = x + self.position_embedding(position_ids)
-        for layer in self.layers:
-            x = layer(x, lengths, rotary)
+        for index, layer in enumerate(self.layers):
+            x = layer(x, lengths, rotary, functools.partial(self.attention, layer=index))
         return self.norm(x)
 
     def _check(self, patches: Tensor, position_ids: Tensor, lengths: Sequence[int]) -> None:
@@ -82,29 +88,37 @@ class SiglipLayer(nn.Module):
         self.fc1 = nn.Linear(hidden, config.intermediate_size)
         self.fc2 = nn.Linear(config.intermediate_size, hidden)
 
-    def forward(self, x: Tensor, lengths: Sequence[int], rotary: tuple[Tensor, Tensor] | None) -> Tensor:
+    def forward(
+        self,
+        x: Tensor,
+        lengths: Sequence[int],
+        rotary: tuple[Tensor, Tensor] | None,
+        attend: Callable[[Tensor, Tensor, Tensor], Tensor],
+    ) -> Tensor:
         """Return the layer's output, (N, hidden); `rotary` is a table of `rotary_table`, or None."""
         qkv = self.qkv_proj(self.norm1(x))
         q, k, v = rearrange(qkv, "n (three heads d) -> three n heads d", three=3, heads=self.num_heads)
         if rotary is not None:
             q, k = rotate(q, rotary), rotate(k, rotary)
-        x = x + self.o_proj(attend_within(q, k, v, lengths))
+        x = x + self.o_proj(attend_within(attend, q, k, v, lengths))
         return x + self.fc2(F.gelu(self.fc1(self.norm2(x)), approximate="tanh"))
 
 
-def attend_within(q: Tensor, k: Tensor, v: Tensor, lengths: Sequence[int]) -> Tensor:
-    """Attend fully inside each picture and not between pictures.
+def attend(q: Tensor, k: Tensor, v: Tensor, *, layer: int = 0) -> Tensor:
+    """Attend from all of q to all of k and v, each (B, n, heads, head_dim), with torch's fused attention."""
+    q, k, v = (x.transpose(1, 2) for x in (q, k, v))  # (B, heads, n, head_dim)
+    return F.scaled_dot_product_attention(q, k, v).transpose(1, 2)
 
-    q, k, v: (N, heads, head_dim), the pictures one after the other. Returns (N, heads * head_dim).
+
+def attend_within(
+    attend: Callable[[Tensor, Tensor, Tensor], Tensor], q: Tensor, k: Tensor, v: Tensor, lengths: Sequence[int]
+) -> Tensor:
+    """Attend fully inside each image and not between images.
+
+    q, k, v: (N, heads, head_dim), the images one after the other. Returns (N, heads * head_dim).
     """
-    if len(set(lengths)) == 1:
-        return attend_equal(q, k, v, pictures=len(lengths))
-    parts = zip(*(t.split(list(lengths)) for t in (q, k, v)), strict=True)
-    return torch.cat([attend_equal(*part, pictures=1) for part in parts])
-
-
-def attend_equal(q: Tensor, k: Tensor, v: Tensor, *, pictures: int) -> Tensor:
-    """Attend inside each of several pictures of one length, in one call; shapes as in `attend_within`."""
-    q, k, v = (rearrange(t, "(pictures n) heads d -> pictures heads n d", pictures=pictures) for t in (q, k, v))
-    out = F.scaled_dot_product_attention(q, k, v)
-    return rearrange(out, "pictures heads n d -> (pictures n) (heads d)")
+    if len(set(lengths)) == 1:  # images of one length are a batch
+        images = [x.unflatten(0, (len(lengths), -1)) for x in (q, k, v)]
+        return attend(*images).flatten(-2).flatten(0, 1)
+    parts = zip(*(x.split(list(lengths)) for x in (q, k, v)), strict=True)
+    return torch.cat([attend(*(x[None] for x in part))[0].flatten(-2) for part in parts])

@@ -17,13 +17,13 @@ COLORS = ("#c0392b", "#2a6fb0", "#2e8b57", "#8e44ad")
 
 
 def curves(log: Path, names: list[str]) -> Image.Image:
-    """Return a picture of values over steps, on a logarithmic scale."""
+    """Return an image of values over steps, on a logarithmic scale."""
     lines = [json.loads(line) for line in log.read_text().splitlines()]
     last = lines[-1]["step"]
     values = [line[name] for line in lines for name in names if line[name] > 0]
     low, high = math.floor(math.log10(min(values))), math.ceil(math.log10(max(values)))
-    picture = Image.new("RGB", (WIDTH, HEIGHT), "white")
-    draw, font = ImageDraw.Draw(picture), ImageFont.load_default(14)
+    image = Image.new("RGB", (WIDTH, HEIGHT), "white")
+    draw, font = ImageDraw.Draw(image), ImageFont.load_default(14)
 
     def place(step: float, value: float) -> tuple[float, float]:
         across = LEFT + (WIDTH - LEFT - 20) * step / last
@@ -41,7 +41,7 @@ def curves(log: Path, names: list[str]) -> Image.Image:
         points = [place(line["step"], line[name]) for line in lines if line[name] > 0]
         draw.line(points, fill=color, width=2)
         draw.text((WIDTH - 120, 20 + 20 * index), name, fill=color, font=font)
-    return picture
+    return image
 
 
 if __name__ == "__main__":

@@ -34,16 +34,16 @@ DROPPED = {"t2i1": 0.1, "t2i2": 0.1, "t2i3": 0.1, "think": 0.15, "edit": 0.4, "f
 
 Guidance amplifies the difference that the text makes, mistakes of the model without it included.
 """
-PICTURES_DROPPED = 0.1
-"""How often all pictures to edit or to continue are left out, and the text is there."""
+IMAGES_DROPPED = 0.1
+"""How often all images to edit or to continue are left out, and the text is there."""
 WORDINGS = {"full": 2, "brief": 2, "relation": 6, "count": 4}
 """How often a caption is worded so: those that leave open what stands where take longer to learn."""
 TOPICS = {"yes_no": 6, "kind": 4, "place": 3, "count": 3, "color": 2, "size": 2, "background": 1}
 """How often each topic is asked about."""
 TARGETS = 4
-"""Noisy copies of a picture to learn from, at times of their own: what they follow is read once for all of them."""
+"""Noisy copies of an image to learn from, at times of their own: what they follow is read once for all of them."""
 QUESTIONS = 3
-"""Questions about one picture, one after the other as in a chat."""
+"""Questions about one image, one after the other as in a chat."""
 
 
 @dataclass(frozen=True)
@@ -61,7 +61,7 @@ class Shapes:
         return self.shown(self.example(rng), rng)
 
     def example(self, rng: random.Random) -> Example:
-        """Return one random example, its pictures drawn."""
+        """Return one random example, its images drawn."""
         if self.task == "edit":
             return self.example_of_edit(rng)
         detail = None
@@ -97,17 +97,17 @@ class Shapes:
         )
 
     def text_to_image(self, example: Example, rng: random.Random) -> list[Item]:
-        """Caption, then the picture to learn."""
-        (caption,), (picture,) = example.inputs, example.outputs
-        return [*self.given([], caption, rng), *self.targets(picture)]
+        """Caption, then the image to learn."""
+        (caption,), (image,) = example.inputs, example.outputs
+        return [*self.given([], caption, rng), *self.targets(image)]
 
     def caption(self, example: Example, rng: random.Random) -> list[Item]:
-        """Picture and request, then the caption to learn; a question sees the picture through the ViT only."""
-        (picture, request), (caption,) = example.inputs, example.outputs
-        return [self.maker.vit(picture), self.maker.text(request), self.maker.text(caption, loss=True)]
+        """Image and request, then the caption to learn; a question sees the image through the ViT only."""
+        (image, request), (caption,) = example.inputs, example.outputs
+        return [self.maker.vit(image), self.maker.text(request), self.maker.text(caption, loss=True)]
 
     def chat(self, scene: Scene, rng: random.Random) -> list[Item]:
-        """Picture, then questions, each followed by its answer to learn."""
+        """Image, then questions, each followed by its answer to learn."""
         items: list[Item] = [self.maker.vit(render(scene, side=self.side))]
         topics = rng.choices(list(TOPICS), list(TOPICS.values()), k=2 * QUESTIONS)
         asked = [ask(rng, scene, about=topic) for topic in topics]
@@ -116,19 +116,19 @@ class Shapes:
         return items
 
     def edit(self, example: Example, rng: random.Random) -> list[Item]:
-        """Picture (as latents and through the ViT) and instruction, then the changed picture to learn."""
-        picture, instruction = example.inputs
-        return [*self.given([picture], instruction, rng), *self.targets(example.outputs[0])]
+        """Image (as latents and through the ViT) and instruction, then the changed image to learn."""
+        image, instruction = example.inputs
+        return [*self.given([image], instruction, rng), *self.targets(example.outputs[0])]
 
     def think(self, example: Example, rng: random.Random) -> list[Item]:
-        """System prompt, prompt, the plan to learn, the picture to learn.
+        """System prompt, prompt, the plan to learn, the image to learn.
 
         Guidance compares with the system prompt alone, so prompt and plan are left out together.
         """
-        system, (prompt,), (plan, picture) = self.maker.text(THINK_GENERATE), example.inputs, example.outputs
+        system, (prompt,), (plan, image) = self.maker.text(THINK_GENERATE), example.inputs, example.outputs
         if rng.random() < DROPPED["think"]:
-            return [system, *self.targets(picture)]
-        return [system, self.maker.text(prompt), self.maker.text(plan, loss=True), *self.targets(picture)]
+            return [system, *self.targets(image)]
+        return [system, self.maker.text(prompt), self.maker.text(plan, loss=True), *self.targets(image)]
 
     def frames(self, example: Example, rng: random.Random) -> list[Item]:
         """Three frames in a row, then the fourth to learn."""
@@ -136,16 +136,16 @@ class Shapes:
         frames = example.outputs[first : first + SHOWN_FRAMES + 1]
         return [*self.given(frames[:-1], NEXT_FRAME, rng), *self.targets(frames[-1])]
 
-    def targets(self, picture: Image.Image) -> list[Item]:
-        """Return the picture to learn; the copies do not see one another."""
-        return [self.maker.latent(picture, loss=True)] * TARGETS
+    def targets(self, image: Image.Image) -> list[Item]:
+        """Return the image to learn; the copies do not see one another."""
+        return [self.maker.latent(image, loss=True)] * TARGETS
 
-    def given(self, pictures: Sequence[Image.Image], text: str, rng: random.Random) -> list[Item]:
-        """Return both views of each input picture, then the text; one or the other is left out now and then.
+    def given(self, images: Sequence[Image.Image], text: str, rng: random.Random) -> list[Item]:
+        """Return both views of each input image, then the text; one or the other is left out now and then.
 
         Both together never are: guidance has no such branch.
         """
         left_out = rng.random()
-        shown = [] if left_out < PICTURES_DROPPED else pictures
+        shown = [] if left_out < IMAGES_DROPPED else images
         told = [] if left_out >= 1 - DROPPED[self.task] else [self.maker.text(text)]
-        return [*(view for picture in shown for view in self.maker.condition(picture, droppable=False)), *told]
+        return [*(view for image in shown for view in self.maker.condition(image, droppable=False)), *told]

@@ -1,6 +1,6 @@
-"""Pictures encoded ahead, for training without a GPU: the autoencoder then runs once for each, not once a step.
+"""Images encoded ahead, for training without a GPU: the autoencoder then runs once for each, not once a step.
 
-Captions and plans are worded afresh whenever a picture is used, and questions about pictures need no autoencoder.
+Captions and plans are worded afresh whenever an image is used, and questions about images need no autoencoder.
 """
 
 from __future__ import annotations
@@ -32,21 +32,21 @@ DRAWN = {"t2i1": 8, "t2i2": 20, "t2i3": 22, "think": 8, "edit": 30, "frames": 12
 
 @dataclass(frozen=True)
 class Encoded:
-    """Both views of a picture; stands in its place in an example."""
+    """Both views of an image; stands in its place in an example."""
 
     latent: LatentItem
     seen: ViTItem
 
 
 class EncodedMaker(ItemMaker):
-    """Makes the items of encoded pictures."""
+    """Makes the items of encoded images."""
 
     def latent(self, image: Any, *, loss: bool = False, droppable: bool = False) -> LatentItem:
-        """Return the latents of a picture."""
+        """Return the latents of an image."""
         return dataclasses.replace(image.latent, loss=loss, droppable=droppable)
 
     def condition(self, image: Any, *, droppable: bool = True) -> tuple[LatentItem, ViTItem]:
-        """Return both views of a picture."""
+        """Return both views of an image."""
         return self.latent(image, droppable=droppable), dataclasses.replace(image.seen, droppable=droppable)
 
 
@@ -92,21 +92,21 @@ def read_pool(folder: Path) -> Mapping[str, list[Example]]:
 
 
 def encoded_block(block: int, maker: ItemMaker, vae: Autoencoder, *, side: int) -> list[tuple[str, Example]]:
-    """Return the examples of a block, by task, with their pictures encoded; the same ones whenever it is called."""
+    """Return the examples of a block, by task, with their images encoded; the same ones whenever it is called."""
     rng, generator = random.Random(f"pool/{block}"), torch.Generator().manual_seed(block)
     examples = []
     for task in rng.choices(list(DRAWN), list(DRAWN.values()), k=BLOCK):
         examples.append((task, Shapes(task, maker, side).example(rng)))
-    pictures = [part for _, e in examples for part in (*e.inputs, *e.outputs) if isinstance(part, Image.Image)]
-    views = [maker.condition(picture) for picture in pictures]
+    images = [part for _, e in examples for part in (*e.inputs, *e.outputs) if isinstance(part, Image.Image)]
+    views = [maker.condition(image) for image in images]
     pixels = torch.stack([latent.content for latent, _ in views]).to(memory_format=torch.channels_last)
     latents = torch.cat([encode(part, vae, generator) for part in pixels.split(BLOCK // 10)])
     # Views of two tensors: a file then holds two tensors, not thousands.
     tokens = torch.stack([patchify(z, maker.config.latent_patch_size) for z in latents])
     patches = torch.stack([seen.patches for _, seen in views])
     encoded = {
-        id(picture): Encoded(dataclasses.replace(latent, content=z), dataclasses.replace(seen, patches=x))
-        for picture, (latent, seen), z, x in zip(pictures, views, tokens, patches, strict=True)
+        id(image): Encoded(dataclasses.replace(latent, content=z), dataclasses.replace(seen, patches=x))
+        for image, (latent, seen), z, x in zip(images, views, tokens, patches, strict=True)
     }
 
     def swapped(parts: tuple) -> tuple:
@@ -119,7 +119,7 @@ def encoded_block(block: int, maker: ItemMaker, vae: Autoencoder, *, side: int) 
 
 @torch.inference_mode()
 def encode(pixels: torch.Tensor, vae: Autoencoder, generator: torch.Generator) -> torch.Tensor:
-    """Return latents of pictures (n, 3, H, W) in 8 bits, sampled from the posterior."""
+    """Return latents of images (n, 3, H, W) in 8 bits, sampled from the posterior."""
     count, down = len(pixels), vae.config.downsample
     shape = (count, vae.config.z_channels, pixels.shape[2] // down, pixels.shape[3] // down)
     return vae.encode(in_unit(pixels), torch.randn(shape, generator=generator)).float()

@@ -62,15 +62,15 @@ MODEL = TrainConfig(
 )
 
 
-def picture(rng: random.Random) -> torch.Tensor:
-    """Return one picture (3, H, W) uint8 of any task."""
+def image(rng: random.Random) -> torch.Tensor:
+    """Return one image (3, H, W) uint8 of any task."""
     task = rng.choice(("t2i1", "t2i2", "t2i3", "video"))
     image = rng.choice(sample(rng, task, side=SIDE).outputs)
     return to_levels(image).contiguous()
 
 
 def placed(rng: random.Random) -> torch.Tensor:
-    """Return one picture (3, H, W) uint8 of shapes wherever they may stand, most often of three."""
+    """Return one image (3, H, W) uint8 of shapes wherever they may stand, most often of three."""
     if rng.random() < 0.25:
         image = rng.choice(random_motion(rng).frames(side=SIDE))
     else:
@@ -85,7 +85,7 @@ def train_vae(args: argparse.Namespace) -> None:
     vae = Autoencoder(CONFIG.vae_config)
     trainer = VAETrainer(
         vae,
-        picture,
+        image,
         config,
         batch_size=256,
         out=args.out,
@@ -113,9 +113,9 @@ def train_decoder(args: argparse.Namespace) -> None:
 
 
 def tell(vae: Autoencoder, device: str) -> None:
-    """Print how well pictures that were not trained on are reconstructed."""
+    """Print how well images that were not trained on are reconstructed."""
     rng = random.Random("held-out pictures")
-    pixels = in_unit(torch.stack([picture(rng) for _ in range(512)]).to(device))
+    pixels = in_unit(torch.stack([image(rng) for _ in range(512)]).to(device))
     noise = torch.randn(vae.moments(pixels)[0].shape, generator=torch.Generator().manual_seed(0))
     error = (vae.decode(vae.encode(pixels, noise)).clamp(-1, 1) - pixels).square().mean((1, 2, 3)) / 4
     decibels = -10 * error.log10()
@@ -142,7 +142,7 @@ def with_vae(args: argparse.Namespace) -> tuple[Bagel, Autoencoder, Tokenizer]:
 
 
 def make_pool(args: argparse.Namespace) -> None:
-    """Encode pictures ahead; goes on where it was stopped."""
+    """Encode images ahead; goes on where it was stopped."""
     model, vae, tokenizer = with_vae(args)
     write_pool(args.out, ItemMaker(model.config, tokenizer), vae, blocks=args.blocks, side=SIDE)
 
@@ -177,7 +177,7 @@ def export(args: argparse.Namespace) -> None:
         raise SystemExit(f"{args.run} holds no checkpoint yet")
     pipe = BagelPipeline.from_pretrained(folder, device="cpu", dtype=torch.bfloat16, vae_dtype=torch.bfloat16)
     if args.vae:
-        pipe.parts.drawing_vae().load_state_dict(trained_vae(args.vae).state_dict())
+        pipe.vae.load_state_dict(trained_vae(args.vae).state_dict())
     pipe.save_pretrained(args.to, overwrite=True)
 
 
@@ -199,7 +199,7 @@ def main() -> None:
         if name == "model":
             command.add_argument("--tokens", type=int, default=65536, help="tokens of a step (default 65536)")
             command.add_argument("--seed", type=int, default=8, help="of the samples (default 8)")
-            command.add_argument("--pool", type=Path, help="draw from pictures encoded ahead")
+            command.add_argument("--pool", type=Path, help="draw from images encoded ahead")
             command.add_argument("--time-limit", type=float, help="save and stop after so many seconds")
     command = commands.add_parser("pool")
     command.add_argument("--start", type=Path, required=True)

@@ -15,16 +15,16 @@ import bagel
 from bagel.cli.arguments import given_options
 from bagel.cli.errors import UsageError
 from bagel.cli.model import check_options, load, open_images
-from bagel.options import Options
+from bagel.options import ImageOptions
 from bagel.png import save_numbered_png, save_png
 from bagel.results import ImageResult
 
 
 def text_to_image(args: Namespace) -> None:
-    """Draw one picture a prompt, each saved as soon as its batch is done."""
+    """Draw one image per prompt, each saved as soon as its batch is done."""
     prompts = _prompts(args)
-    options = check_options(args, "text_to_image", "image")
-    place = Destination(args.output, pictures=len(prompts), force=args.force)
+    options = check_options(args, "text_to_image")
+    place = Destination(args.output, images=len(prompts), force=args.force)
     pipe = load(args, draws=True)
     for start in range(0, len(prompts), args.batch_size):
         batch = prompts[start : start + args.batch_size]
@@ -38,10 +38,10 @@ def text_to_image(args: Namespace) -> None:
 
 
 def edit(args: Namespace) -> None:
-    """Change a picture, or combine several, as the instruction says."""
-    options = check_options(args, "edit", "image")
-    place = Destination(args.output, pictures=1, force=args.force)
-    images = open_images(args.images)
+    """Change an image, or combine several, as the instruction says."""
+    options = check_options(args, "edit")
+    place = Destination(args.output, images=1, force=args.force)
+    images = open_images(args.images, exif=options.exif)
     pipe = load(args, draws=True)
     result = pipe.edit(images, args.instruction, preset=args.preset, seed=args.seed, **given_options(args))
     info = describe(
@@ -51,44 +51,42 @@ def edit(args: Namespace) -> None:
 
 
 class Destination:
-    """Where pictures go, settled before any is drawn: one file, or a folder of numbered ones.
+    """Where images go, settled before any is drawn: one file, or a folder of numbered ones.
 
     Args:
         output: a .png file; or an existing folder, a path that ends in a slash or has no suffix.
-        pictures: how many will come.
+        images: how many will come.
         force: replace the file if it exists.
 
     Raises:
-        UsageError: several pictures for one file, or a file that is no PNG.
+        UsageError: several images for one file, or a file that is no PNG.
         FileExistsError: the file exists already.
         PermissionError: it could not be written there.
     """
 
-    def __init__(self, output: str, *, pictures: int, force: bool) -> None:
+    def __init__(self, output: str, *, images: int, force: bool) -> None:
         self.path, self.force = Path(output).expanduser(), force
         ends_in_slash = output.endswith((os.sep, "/"))
         self.is_folder = self.path.is_dir() or ends_in_slash or not self.path.suffix
         if not self.is_folder:
-            self._check_file(pictures)
+            self._check_file(images)
         elif self.path.exists() and not self.path.is_dir():
-            raise FileExistsError(f"{self.path} is a file, so no folder for pictures; choose another name with -o")
+            raise FileExistsError(f"{self.path} is a file, so no folder for images; choose another name with -o")
         self.folder = self.path if self.is_folder else self.path.parent
         there = next(folder for folder in (self.folder, *self.folder.parents) if folder.exists())
         if not there.is_dir() or not os.access(there, os.W_OK):
             raise PermissionError(f"{there} is no folder that may be written to; choose another place with -o")
 
-    def _check_file(self, pictures: int) -> None:
+    def _check_file(self, images: int) -> None:
         if self.path.suffix.lower() != ".png":
-            raise UsageError(f"pictures are written as PNG, got -o {self.path}; write {self.path.with_suffix('.png')}")
-        if pictures > 1:
-            raise UsageError(
-                f"{pictures} pictures need a folder, got -o {self.path}; write {self.path.with_suffix('')}/"
-            )
+            raise UsageError(f"images are written as PNG, got -o {self.path}; write {self.path.with_suffix('.png')}")
+        if images > 1:
+            raise UsageError(f"{images} images need a folder, got -o {self.path}; write {self.path.with_suffix('')}/")
         if self.path.exists() and not self.force:
             raise FileExistsError(f"{self.path} exists; choose another name with -o, or replace it with --force")
 
     def save(self, result: ImageResult, info: dict[str, str]) -> Path:
-        """Write a picture and return where it is; its folder is made for the first one."""
+        """Write an image and return where it is; its folder is made for the first one."""
         self.folder.mkdir(parents=True, exist_ok=True)
         if self.is_folder:
             return save_numbered_png(result.image, self.path, "bagel", info)
@@ -96,7 +94,7 @@ class Destination:
 
 
 def describe(
-    result: ImageResult, prompt: str, options: Options, *, task: str, model: str, inputs: Sequence[str] = ()
+    result: ImageResult, prompt: str, options: ImageOptions, *, task: str, model: str, inputs: Sequence[str] = ()
 ) -> dict[str, str]:
     """Return the PNG's text entries: prompt, seed, plan if there is one, all parameters as JSON, software."""
     parameters: dict[str, Any] = {"task": task, "model": Path(model).name if Path(model).is_dir() else model}
@@ -138,5 +136,5 @@ def _prompts(args: Namespace) -> list[str]:
             raise UsageError(f"{args.prompts_file} is no text in UTF-8 ({error}); save it as UTF-8") from error
         prompts += [line.strip() for line in lines if line.strip()]
     if not prompts:
-        raise UsageError("there is nothing to draw: give a prompt, or a --prompts-file with one prompt a line")
+        raise UsageError("there is nothing to draw: give a prompt, or a --prompts-file with one prompt per line")
     return prompts

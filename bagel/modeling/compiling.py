@@ -1,4 +1,4 @@
-"""Compile a loaded model, and use it once, so that nobody waits later or learns then that it does not work here."""
+"""Compile a model, and use it once, so that nobody waits later or learns then that it does not work here."""
 
 from __future__ import annotations
 
@@ -6,41 +6,37 @@ from collections.abc import Callable
 
 import torch
 
-from bagel.inputs import Parts
 from bagel.kernels import let_compilers_use_kernels
+from bagel.modeling.bagel import Bagel
 from bagel.modeling.layers import Expert, compile_experts
 
 
-def compile_parts(parts: Parts, use: Callable[[], object], *, backend: str) -> None:
+def compile_model(model: Bagel, use: Callable[[], object], *, backend: str) -> None:
     """Compile the experts in place; see `BagelPipeline.compile`.
 
     Args:
-        parts: what to compile.
+        model: what to compile.
         use: runs all that is compiled.
         backend: of `torch.compile`.
 
     Raises:
         RuntimeError: it did not work. Whatever is raised, nothing is compiled then.
     """
-    if parts.model.device.type == "cuda":
-        with torch.cuda.device(parts.model.device):
+    if model.device.type == "cuda":
+        with torch.cuda.device(model.device):
             let_compilers_use_kernels()
-    compile_experts(parts.model, backend=backend)
+    compile_experts(model, backend=backend)
     try:
         use()
     except BaseException as error:
-        _restore(parts)
+        for module in model.modules():
+            if isinstance(module, Expert):
+                for name in ("heads", "finish"):
+                    module.__dict__.pop(name, None)
         if not isinstance(error, RuntimeError):  # what torch raises where its compilers are missing or fail
             raise
         reason = " ".join(str(error).strip().splitlines()[:2])  # "backend ... raised:", and what
         raise RuntimeError(
-            f"this pipeline cannot be compiled here and stays as it was ({reason}): compiling needs a C++ compiler for "
+            f"this model cannot be compiled here and stays as it was ({reason}): compiling needs a C++ compiler for "
             "a CPU, Triton for a GPU"
         ) from error
-
-
-def _restore(parts: Parts) -> None:
-    for module in parts.model.modules():
-        if isinstance(module, Expert):
-            for name in ("heads", "finish"):
-                module.__dict__.pop(name, None)

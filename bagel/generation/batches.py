@@ -1,0 +1,218 @@
+"""What several sessions read, write and draw together, each in one pass for all; a single one is a batch of one."""
+
+from __future__ import annotations
+
+import functools
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from bagel.generation import contexts as conversation
+from bagel.generation.contexts import Utterance
+from bagel.generation.drawing import decoded, start_noise, velocity_of
+from bagel.generation.reading import Input, check_inputs
+from bagel.generation.writing import Answer, Decoding, texts_of
+from bagel.memory import explain_out_of_memory
+from bagel.options import DrawOptions, Writing
+from bagel.results import ImageResult, TextResult
+from bagel.sampling import integrate
+
+if TYPE_CHECKING:
+    from bagel.generation.session import Session
+
+LESS = "use fewer at a time, smaller images, fewer images among the inputs, a shorter text, or dtype=torch.bfloat16"
+
+
+@contextmanager
+def working(sessions: Sequence[Session], doing: str) -> Iterator[None]:
+    """Work without gradients on the sessions' device; whatever is raised meanwhile, the sessions stay as they were."""
+    before = [(session.state.fork(), session.generator.get_state()) for session in sessions]
+    device = sessions[0].model.device  # a GPU is made the current one, as its kernels and graphs need
+    gpu = torch.cuda.device(device) if device.type == "cuda" else nullcontext()
+    try:
+        with explain_out_of_memory(doing, way_out=LESS), gpu, torch.inference_mode():
+            yield
+    except BaseException:
+        for session, (state, generator) in zip(sessions, before, strict=True):
+            session.state = state
+            session.generator.set_state(generator)
+        raise
+
+
+def shows_progress(wanted: bool) -> bool:
+    """Whether a bar is wanted and somebody can see it: on a terminal or in a notebook."""
+    return wanted and ("ipykernel" in sys.modules or sys.stderr.isatty())
+
+
+# Reading --------------------------------------------------------------------------------------------------------------
+
+
+def read_all(
+    sessions: Sequence[Session],
+    pieces: Sequence[Sequence[Input]],
+    *,
+    posterior_noise: Sequence[Sequence[Tensor] | None] | None = None,
+) -> None:
+    """Let each session read its pieces; arguments and errors as for `Session.read`, one for each."""
+    for own in pieces:
+        check_inputs(own)
+    with working(sessions, f"working on {len(sessions)} request(s)"):
+        catch_up(sessions)
+        for session in sessions:
+            session.begin_turn()
+        given = posterior_noise or [None] * len(sessions)
+        new = [
+            session.reader.utterances(own, session.generator, noise)
+            for session, own, noise in zip(sessions, pieces, given, strict=True)
+        ]
+        _read(sessions, new)
+
+
+def catch_up(sessions: Sequence[Session]) -> None:
+    """Let each session read what it has still to read: its system prompt, what it wrote or drew last."""
+    late = [session for session in sessions if session.state.unread or session.state.drawn]
+    if late:
+        _read(late, [session.take_unread() for session in late])
+
+
+def _read(sessions: Sequence[Session], utterances: Sequence[Sequence[Utterance]]) -> None:
+    model, pack = sessions[0].model, sessions[0].processor.pack
+    reading = [(session.state.contexts, own) for session, own in zip(sessions, utterances, strict=True)]
+    for contexts, own in reading:  # at once, instead of growing with each
+        contexts.full.reserve(sum(utterance.segment.length for utterance in own))
+    conversation.read_all(model, pack, reading)
+    for session, own in zip(sessions, utterances, strict=True):
+        sizes = [utterance.size for utterance in own if utterance.size is not None]
+        session.state.size = sizes[-1] if sizes else session.state.size
+
+
+# Writing --------------------------------------------------------------------------------------------------------------
+
+
+def write_all(sessions: Sequence[Session], options: Writing) -> list[TextResult]:
+    """Let each session write an answer; see `Session.write`."""
+    texts, answers = _written(sessions, options, desc="answering")
+    for session, answer in zip(sessions, answers, strict=True):
+        hear(session, answer)
+    return [
+        TextResult(
+            text,
+            tuple(answer.ids),
+            answer.finish_reason,
+            session.generator.initial_seed(),
+            tuple(answer.logprobs) if options.logprobs else None,
+        )
+        for session, text, answer in zip(sessions, texts, answers, strict=True)
+    ]
+
+
+def plan_all(sessions: Sequence[Session], options: Any) -> None:
+    """Let each session write a plan and read it again as an ordinary text; see `Session.think`."""
+    plans, _ = _written(sessions, options, desc="thinking")
+    with working(sessions, "reading a plan"):
+        _read(sessions, [[Utterance(s.processor.text(plan), "plan")] for s, plan in zip(sessions, plans, strict=True)])
+    for session, plan in zip(sessions, plans, strict=True):
+        session.state.plan = plan
+
+
+def stream(session: Session, options: Writing) -> Iterator[str]:
+    """Yield an answer as it is decoded; see `Session.stream`."""
+    answer = Answer()
+    try:
+        with working([session], "answering"):
+            catch_up([session])
+            decoding = _decoding([session], options)
+        (answer,) = decoding.answers
+        rounds = texts_of(decoding, options.stop_strings)
+        while True:
+            with working([session], "answering"):  # but not while the caller works
+                pieces = next(rounds, None)
+            if pieces is None:
+                return
+            if pieces[0]:
+                yield pieces[0]
+    finally:
+        hear(session, answer)
+
+
+def hear(session: Session, answer: Answer) -> None:
+    """Let a session remember an answer as something still to be read, by its own ids."""
+    session.state.unread.append(Utterance(session.processor.written(answer.ids), "answer"))
+    session.state.answered = True
+
+
+def _written(sessions: Sequence[Session], options: Any, *, desc: str) -> tuple[list[str], list[Answer]]:
+    """Return a text and its answer for each session."""
+    texts = [""] * len(sessions)
+    progress = shows_progress(sessions[0].options.progress)
+    with working(sessions, f"working on {len(sessions)} request(s)"):
+        catch_up(sessions)
+        decoding = _decoding(sessions, options)
+        with tqdm(desc=desc, unit="token", leave=False, disable=not progress) as bar:
+            for pieces in texts_of(decoding, options.stop_strings):
+                texts = [text + piece for text, piece in zip(texts, pieces, strict=True)]
+                bar.update(max(len(answer.ids) for answer in decoding.answers) - bar.n)
+    return texts, decoding.answers
+
+
+def _decoding(sessions: Sequence[Session], options: Any) -> Decoding:
+    chooser = options.chooser
+    drawn = bool(options.stop_strings) and not getattr(chooser, "greedy", False)
+    return Decoding(
+        sessions[0].model,
+        sessions[0].processor.tokenizer,
+        [session.state.contexts.full for session in sessions],
+        [session.generator for session in sessions],
+        chooser=chooser,
+        limit=options.text_limit,
+        look_every=1 if drawn else None,  # a text that its reader ends at a stop string must not draw on meanwhile
+        logprobs=getattr(options, "logprobs", False),
+    )
+
+
+# Drawing --------------------------------------------------------------------------------------------------------------
+
+
+def draw_all(sessions: Sequence[Session], options: Sequence[DrawOptions]) -> list[ImageResult]:
+    """Let each session draw an image; see `Session.draw`. What is not a session's own they have in common."""
+    shared, model, processor = options[0], sessions[0].model, sessions[0].processor
+    vae = sessions[0].reader.drawing_vae()
+    with working(sessions, f"working on {len(sessions)} request(s)"):
+        catch_up(sessions)
+        if shared.think:
+            plan_all(sessions, shared)
+        else:
+            model.graphs.decode_step = None  # drawing may need the memory
+        own = list(zip(sessions, options, [s.size_of(o) for s, o in zip(sessions, options, strict=True)], strict=True))
+        noise = [start_noise(processor, size, s.generator, o.noise).to(model.device) for s, o, size in own]
+        negatives = [
+            None if o.negative_prompt is None
+            else processor.text(o.negative_prompt, allow_special=s.options.allow_special)
+            for s, o, _ in own
+        ]  # fmt: skip
+        conversations, sizes = [s.state.contexts for s in sessions], [size for *_, size in own]
+        velocity = velocity_of(model, processor, conversations, sizes, shared, negatives)
+        hidden = not shows_progress(sessions[0].options.progress)
+        x = integrate(
+            shared.step_solver,
+            velocity,
+            torch.cat(noise),
+            shared.timesteps,
+            sizes=velocity.sizes,
+            on_step=shared.on_step,
+            watch=functools.partial(tqdm, desc="drawing", unit="step", disable=hidden),
+        )
+        latents = [processor.image(z, *size) for z, size in zip(x.split(velocity.sizes), sizes, strict=True)]
+        drawn = [(z, decoded(vae, z)) for z in latents]
+    for session, image in zip(sessions, drawn, strict=True):
+        session.state.drawn, session.state.answered = image, True
+    # Cloned outside inference mode, so that the latents may take part in a gradient computation.
+    return [
+        ImageResult(image, session.state.plan, z.cpu().clone(), session.generator.initial_seed())
+        for session, (z, image) in zip(sessions, drawn, strict=True)
+    ]

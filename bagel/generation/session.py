@@ -1,0 +1,266 @@
+"""A session: one conversation with a model that reads, writes and draws, and goes on from all of it.
+
+What a session writes or draws becomes part of it when it goes on; what ends with a result costs nothing more.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from bagel.generation.batches import catch_up, draw_all, plan_all, read_all, stream, working, write_all
+from bagel.generation.contexts import Contexts, Utterance
+from bagel.generation.drawing import Size, decoded, start_noise, velocity_of
+from bagel.generation.reading import Input, Reader
+from bagel.generation.writing import score
+from bagel.modeling import Bagel
+from bagel.options import EDIT, Drawing, SessionOptions, make_options
+from bagel.processor import Processor
+from bagel.results import ImageResult, TextResult
+from bagel.sampling import GuidedVelocity
+from bagel.vae import Autoencoder
+
+
+@dataclass
+class State:
+    """What changes in a session as it goes on.
+
+    Args:
+        contexts: all that was read.
+        unread: what is to be read before anything else: the system prompt, or what was written last.
+        drawn: the last image, if it is still to be read: latents (Z, h, w) and the image.
+        plan: the text of this turn's plan.
+        size: of the last image that was read or drawn.
+        answered: the model spoke last, so that a turn begins with what is read next.
+    """
+
+    contexts: Contexts
+    unread: list[Utterance]
+    drawn: tuple[Tensor, Image.Image] | None = None
+    plan: str | None = None
+    size: Size | None = None
+    answered: bool = False
+
+    def fork(self) -> State:
+        """Return a state that goes its own way from here."""
+        return replace(self, contexts=self.contexts.fork(), unread=[*self.unread])
+
+
+class Session:
+    """One conversation: its contexts, its random generator, and what it has still to read.
+
+    Args:
+        model: who reads, writes and draws.
+        vae: its autoencoder; None for a model that only understands.
+        processor: its rules for texts and images.
+        options: those of the whole session, see `bagel.options.SessionOptions`.
+        system_prompt: comes first; by default that of the options.
+        draws: images are read as latents too, so that something can be drawn from them; by default where there is an
+            autoencoder.
+        drops_images: guidance will ask for the branch without images, so texts are read for it at once.
+    """
+
+    def __init__(
+        self,
+        model: Bagel,
+        vae: Autoencoder | None,
+        processor: Processor,
+        options: Any = None,
+        *,
+        system_prompt: str | None = None,
+        draws: bool | None = None,
+        drops_images: bool = True,
+    ) -> None:
+        self.options = SessionOptions() if options is None else options
+        self.system_prompt = self.options.system_prompt if system_prompt is None else system_prompt
+        self.model, self.processor = model, processor
+        self.reader = Reader(model, vae, processor, self.options, vae is not None if draws is None else draws)
+        self.generator = self.options.new_generator()
+        self.drops_images = drops_images and self.reader.draws
+        self.reset()
+
+    def reset(self) -> None:
+        """Forget everything that was read, written and drawn, and free its memory; the generator goes on."""
+        system = self.system_prompt
+        unread = [] if system is None else [Utterance(self.processor.text(system), "system")]
+        self.state = State(Contexts.empty(self.model, eager=self.drops_images), unread)
+
+    def __enter__(self) -> Session:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.reset()
+
+    @property
+    def contexts(self) -> Contexts:
+        """The contexts that writing and drawing start from; what was written or drawn last enters them later."""
+        return self.state.contexts
+
+    def fork(self) -> Session:
+        """Return a session that has read the same and goes its own way from here, its generator too."""
+        other = object.__new__(Session)
+        other.__dict__.update(self.__dict__)
+        other.state = self.state.fork()
+        other.generator = torch.Generator(self.generator.device)
+        other.generator.set_state(self.generator.get_state())
+        return other
+
+    def read(self, *pieces: Input, posterior_noise: Sequence[Tensor] | None = None) -> Session:
+        """Read texts and images in order, and return this session.
+
+        Args:
+            pieces: texts and PIL images.
+            posterior_noise: for each image (16, h / 8, w / 8), instead of drawing it.
+
+        Raises:
+            TypeError: a piece that is neither; says how to open a file.
+            ValueError: nothing to read; an image that does not fit; noise of another number or shape.
+            MissingHalfError: an image, but the model was loaded without its vision half.
+            NotEnoughMemoryError: what was asked does not fit. Whatever is raised, the session stays as it was.
+        """
+        read_all([self], [pieces], posterior_noise=[posterior_noise])
+        return self
+
+    def write(self, **options: Any) -> TextResult:
+        """Write an answer, which becomes part of the session.
+
+        Args:
+            options: see `bagel.options.Writing`.
+
+        Raises:
+            TypeError: an option that does not exist or has no effect.
+            ValueError: a value out of its range.
+            NotEnoughMemoryError: what was asked does not fit.
+        """
+        return write_all([self], make_options("write", options))[0]
+
+    def stream(self, **options: Any) -> Iterator[str]:
+        """Yield an answer as it is decoded, in whole characters; what was yielded becomes part of the session.
+
+        Args:
+            options: see `bagel.options.Writing`; they are checked at once, errors are those of `write`.
+        """
+        return stream(self, make_options("write", options))
+
+    def think(self, **options: Any) -> str:
+        """Write a plan for what is drawn next, and return it; it is read again as an ordinary text.
+
+        Args:
+            options: `max_think_tokens`, and how tokens are chosen: see `bagel.options.Planning`.
+        """
+        plan_all([self], make_options("draw", {**options, "think": True}))
+        assert self.state.plan is not None
+        return self.state.plan
+
+    def draw(self, **options: Any) -> ImageResult:
+        """Draw an image, which becomes part of the session.
+
+        Guidance has the defaults of an edit where the session holds images, else those of drawing from a text.
+
+        Args:
+            options: see `bagel.options.DrawOptions`; with `think` a plan is written first.
+
+        Raises:
+            TypeError: an option that does not exist or has no effect.
+            ValueError: a value out of its range, a size that does not fit.
+            MissingHalfError: the model was loaded without its generating half.
+            NotEnoughMemoryError: what was asked does not fit.
+            FloatingPointError: the image came out as NaN.
+        """
+        return draw_all([self], [make_options("draw", self._guided(options))])[0]
+
+    def _guided(self, options: dict[str, Any]) -> dict[str, Any]:
+        shown = self.contexts.has_images or self.state.drawn is not None
+        return {**EDIT, **options} if shown and options.get("guidance") is None else options
+
+    def score(self, answer: str | Sequence[int]) -> tuple[float, ...]:
+        """Return the log-probability of each token of a given answer, and of the eos after it; nothing is kept.
+
+        Args:
+            answer: a text, or its token ids without bos and eos.
+        """
+        written = self.processor.text(answer) if isinstance(answer, str) else self.processor.written(answer)
+        with working([self], "scoring"):
+            catch_up([self])
+            return tuple(score(self.model, self.processor.pack, self.contexts.full, written))
+
+    # What `bagel.generation.batches` asks of each ------------------------------------------------------------------
+
+    def begin_turn(self) -> None:
+        """Begin a turn if the model spoke last."""
+        if self.state.answered:
+            self.state.contexts.begin_turn()
+            self.state.answered, self.state.plan = False, None
+
+    def take_unread(self) -> list[Utterance]:
+        """Return what has to be read before the session goes on, and take it as read."""
+        state, found = self.state, self.state.unread
+        if state.drawn is not None:
+            found = [*found, *self.reader.drawn(*state.drawn, self.generator)]
+        state.unread, state.drawn = [], None
+        return found
+
+    def size_of(self, options: Drawing) -> Size:
+        """Return the (height, width) to draw: as asked, else the last image's, else a square as large as was trained.
+
+        Raises:
+            MissingHalfError: the model was loaded without its generating half.
+            ValueError: a side that no image can have.
+        """
+        self.reader.drawing_vae()
+        side = self.processor.default_side
+        height, width = self.state.size or (side, side)
+        height = height if options.height is None else options.height
+        width = width if options.width is None else options.width
+        self.processor.check_size(height, width)
+        return height, width
+
+    # For research ---------------------------------------------------------------------------------------------------
+
+    def velocity(self, **options: Any) -> Velocity:
+        """Return the velocity of an image, a function of x (n, P) float32 and the time; nothing is drawn yet.
+
+        Args:
+            options: as for `draw`; a plan, a solver and an observer have no part in it.
+        """
+        chosen = make_options("draw", self._guided(options))
+        with working([self], "preparing to draw"):
+            catch_up([self])
+            size = self.size_of(chosen)
+            text = chosen.negative_prompt
+            negative = None if text is None else self.processor.text(text, allow_special=self.options.allow_special)
+            guided = velocity_of(self.model, self.processor, [self.contexts], [size], chosen, [negative])
+        return Velocity(self, guided, size)
+
+    def encode(self, image: Image.Image) -> Tensor:
+        """Return the latent tokens (n, P) float32 of an image, in the size of `Processor.prepare`."""
+        with working([self], "encoding"):
+            latents = self.reader.encoded(self.processor.pixels(image), self.generator)
+            return self.processor.latents(latents).latents.float()
+
+    def decode(self, x: Tensor, height: int, width: int) -> Image.Image:
+        """Return the image of latent tokens x (n, P); height and width in pixels."""
+        with working([self], "decoding"):
+            return decoded(self.reader.drawing_vae(), self.processor.image(x, height, width).to(self.model.device))
+
+
+class Velocity:
+    """The guided velocity of one image of a session: `velocity(x, t)`, x (n, P) float32, t the shifted time."""
+
+    def __init__(self, session: Session, guided: GuidedVelocity, size: Size) -> None:
+        self.session, self.guided, self.size = session, guided, size
+
+    def __call__(self, x: Tensor, t: float) -> Tensor:
+        """Return v (n, P) float32 at x and t."""
+        with working([self.session], "evaluating"):
+            v = self.guided(x.to(self.session.model.device), t)
+        return v.clone()
+
+    def noise(self) -> Tensor:
+        """Return start noise (n, P) float32 from the session's generator, on the model's device."""
+        return start_noise(self.session.processor, self.size, self.session.generator).to(self.session.model.device)

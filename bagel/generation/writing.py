@@ -1,0 +1,231 @@
+"""Decode text from contexts: several at once, ended by eos, a limit or a stop string, or streamed."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from bagel.modeling import Bagel, Context
+from bagel.modeling.decoding import give_back, take_step
+from bagel.tokenizer import TextStream, Tokenizer
+
+LOOK_EVERY = 8
+"""Tokens decoded before any is looked at, on a device that computes by itself; what follows the end of a text is lost
+work."""
+
+
+@dataclass
+class Answer:
+    """A text as it grows.
+
+    `ids` without bos and eos; `logprobs` of each of them, where they are wanted; `finish_reason` says why it ended
+    ("stop", "length", or "" while it grows).
+    """
+
+    ids: list[int] = field(default_factory=list)
+    finish_reason: str = ""
+    logprobs: list[float] = field(default_factory=list)
+
+    def take(self, tokens: Sequence[int], logprobs: Sequence[float], *, eos: int, limit: int) -> int:
+        """Append tokens up to the end of the text, and return how many were looked at."""
+        for count, token in enumerate(tokens, 1):
+            if token == eos:
+                self.finish_reason = "stop"
+                return count
+            self.ids.append(token)
+            self.logprobs += logprobs[count - 1 : count]
+            if len(self.ids) == limit:
+                self.finish_reason = "length"
+        return len(tokens)
+
+
+class Decoding:
+    """Decodes one text from each of several contexts, which stay as they are.
+
+    Generators end up as if nothing had been decoded after eos or the limit.
+
+    Args:
+        model: what decodes.
+        tokenizer: knows bos and eos.
+        contexts: what to go on from.
+        generators: one per text.
+        chooser: chooses the tokens, see `bagel.sampling.TextSampling`.
+        limit: most new tokens of each text.
+        look_every: tokens decoded at a time; by default one on a CPU, elsewhere `LOOK_EVERY`.
+        logprobs: keep the log-probability of each token under the model.
+    """
+
+    def __init__(
+        self,
+        model: Bagel,
+        tokenizer: Tokenizer,
+        contexts: Sequence[Context],
+        generators: Sequence[torch.Generator],
+        *,
+        chooser: Any,
+        limit: int,
+        look_every: int | None = None,
+        logprobs: bool = False,
+    ) -> None:
+        self.model, self.tokenizer, self.contexts, self.generators = model, tokenizer, contexts, generators
+        self.chooser, self.limit, self.logprobs = chooser, limit, logprobs
+        self.draws = not getattr(chooser, "greedy", False)
+        self.at_a_time = look_every or (1 if model.device.type == "cpu" else LOOK_EVERY)
+        self.answers = [Answer() for _ in contexts]
+        self.vocab_size = 0
+
+    @torch.inference_mode()
+    def rounds(self) -> Iterator[list[Answer]]:
+        """Yield all answers after each round of tokens, the same objects; the caller may set their `finish_reason`."""
+        step = None
+        if self.contexts and self.limit > LOOK_EVERY:  # a graph is worth its capture for more than a few tokens
+            longest = max(context.length for context in self.contexts)
+            step = take_step(self.model, len(self.contexts), longest + self.limit)
+        try:
+            if step is None:
+                yield from self._plain_rounds()
+            else:
+                step.begin(self.contexts)
+                yield from self._step_rounds(step)
+        finally:
+            if step is not None:
+                give_back(self.model, step)
+
+    def _step_rounds(self, step: Any) -> Iterator[list[Answer]]:
+        """Decode all texts by a graph, which goes on with every text until all are finished."""
+        everyone, ids = list(range(len(self.answers))), self._first_ids()
+        while not self._finished():
+            ids = self._round(lambda ids: step(ids), ids, everyone)
+            yield self.answers
+
+    def _plain_rounds(self) -> Iterator[list[Answer]]:
+        """Decode by forwards of the texts that are not finished."""
+        forks = [context.fork() for context in self.contexts]
+        for fork in forks:
+            fork.reserve(self.limit)
+        active, ids = list(range(len(forks))), self._first_ids()
+        while not self._finished():
+            ids = self._round(lambda ids: self.model.decode(ids, [forks[i] for i in active]), ids, active)  # noqa: B023
+            yield self.answers
+            places = [place for place, i in enumerate(active) if not self.answers[i].finish_reason]
+            if len(places) < len(active):
+                ids, active = ids[places], [active[place] for place in places]
+
+    def _first_ids(self) -> Tensor:
+        self.left = self.limit
+        return torch.full((len(self.answers),), self.tokenizer.bos_id, device=self.model.device)
+
+    def _finished(self) -> bool:
+        return all(answer.finish_reason for answer in self.answers)
+
+    def _round(self, logits_of: Any, ids: Tensor, active: Sequence[int]) -> Tensor:
+        """Decode some tokens of the active texts, take what belongs to their answers, and return the last ids."""
+        count = min(self.at_a_time, self.left)
+        self.left -= count
+        generators = [
+            torch.Generator(self.generators[i].device) if self.answers[i].finish_reason else self.generators[i]
+            for i in active
+        ]
+        rows, found, states = [], [], []
+        for _ in range(count):
+            logits = logits_of(ids)
+            ids, self.vocab_size = self.chooser(logits, generators), logits.shape[-1]
+            rows.append(ids)
+            if self.logprobs:
+                found.append(logits.log_softmax(-1).gather(-1, ids[:, None])[:, 0])
+            states.append([generator.get_state() for generator in generators] if self.draws else [])
+        tokens = torch.stack(rows).tolist()  # here the device is waited for
+        logprobs = torch.stack(found).tolist() if found else []
+        for place, i in enumerate(active):
+            if not self.answers[i].finish_reason:
+                self._take(i, [row[place] for row in tokens], [row[place] for row in logprobs], states, place)
+        return ids
+
+    def _take(self, i: int, tokens: list[int], logprobs: list[float], states: list[list[Tensor]], place: int) -> None:
+        """Take one text's new tokens, and wind its generator back to where the text ended."""
+        answer, generator = self.answers[i], self.generators[i]
+        taken = answer.take(tokens, logprobs, eos=self.tokenizer.eos_id, limit=self.limit)
+        if answer.finish_reason and self.draws:
+            generator.set_state(states[taken - 1][place])
+        if answer.finish_reason == "length" and hasattr(self.chooser, "discard"):
+            self.chooser.discard(self.vocab_size, generator)
+
+
+class TextWriter:
+    """The text of one growing answer: whole characters only, and nothing from the first stop string on.
+
+    Args:
+        stream: turns ids into text piece by piece.
+        stop: strings that end the text; what might be the beginning of one is held back.
+    """
+
+    def __init__(self, stream: TextStream, stop: Sequence[str] = ()) -> None:
+        self.stream = stream
+        self.stop = tuple(stop)
+        self.held = ""
+        self.stopped = False
+        self.taken = 0
+
+    def follow(self, answer: Answer) -> str:
+        """Return the text of what an answer has gained; what was decoded after a stop string is no part of it."""
+        text = ""
+        while self.taken < len(answer.ids) and not self.stopped:
+            text += self.push(answer.ids[self.taken])
+            self.taken += 1
+        if self.stopped:
+            answer.finish_reason = "stop"
+            del answer.ids[self.taken :], answer.logprobs[self.taken :]
+        return text
+
+    def push(self, token: int) -> str:
+        """Return what can be said after one more token; nothing once the text has stopped."""
+        return self._release(self.stream.push(token), final=False)
+
+    def flush(self) -> str:
+        """Return the rest, after the last token."""
+        return self._release(self.stream.flush(), final=True)
+
+    def _release(self, piece: str, *, final: bool) -> str:
+        if self.stopped:
+            return ""
+        text = self.held + piece
+        found = [at for at in (text.find(stop) for stop in self.stop) if at >= 0]
+        if found:
+            self.stopped, self.held = True, ""
+            return text[: min(found)]
+        keep = 0 if final else max((_overlap(text, stop) for stop in self.stop), default=0)
+        cut = len(text) - keep
+        self.held = text[cut:]
+        return text[:cut]
+
+
+def _overlap(text: str, stop: str) -> int:
+    """Return how many characters at the end of `text` could begin `stop`."""
+    return max((n for n in range(1, min(len(text), len(stop) - 1) + 1) if stop.startswith(text[-n:])), default=0)
+
+
+def texts_of(decoding: Decoding, stop: Sequence[str] = ()) -> Iterator[list[str]]:
+    """Yield what each text of a decoding gains round by round; the answers lose what comes after a stop string."""
+    writers = [TextWriter(TextStream(decoding.tokenizer), stop) for _ in decoding.answers]
+    for answers in decoding.rounds():
+        yield [writer.follow(answer) for writer, answer in zip(writers, answers, strict=True)]
+    rest = [writer.flush() for writer in writers]
+    for writer, answer in zip(writers, decoding.answers, strict=True):
+        if writer.stopped:
+            answer.finish_reason = "stop"
+    yield rest
+
+
+@torch.inference_mode()
+def score(model: Bagel, pack: Any, context: Context, segment: Any) -> list[float]:
+    """Return the log-probability of each token of a text segment (n,) but the first, given a context and the others."""
+    packed = pack([[segment]], starts=[context.position]).to(model.device)
+    hidden = model.prefill(packed, [context.fork()]).und
+    found = []
+    for rows, ids in zip(hidden[:-1].split(256), packed.text_ids[1:].split(256), strict=True):  # logits are large
+        found += model.logits(rows).log_softmax(-1).gather(-1, ids[:, None])[:, 0].tolist()
+    return found

@@ -1,0 +1,210 @@
+"""Operations that a GPU does as one kernel; what stands below the choice of a kernel says what it computes.
+
+Shapes: T tokens, n channels, Hq query heads, Hkv key/value heads, D channels per head; B texts or images, C channels of
+an image, H and W its sides.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from bagel.kernels import choice
+
+HALF, SIZES = (torch.bfloat16, torch.float16), (16, 32, 64, 128, 256)
+"""Types, and channels per head, that the kernel for appended tokens takes, as matrix units do."""
+Rotary = tuple[Tensor, Tensor]
+"""Cosines and sines, each (T, 1, D) float32; the sines of the first half have their sign changed."""
+
+
+class Rounding(NamedTuple):
+    """How a linear layer would like its input: rows of type `dtype`, none larger than `largest`, with a scale each.
+
+    `tiny` is the smallest scale, so that a row of zeros can be divided by its own.
+    """
+
+    dtype: torch.dtype
+    largest: float
+    tiny: float
+
+
+class Rows(NamedTuple):
+    """Rows (T, n) of few bits and their scales (T, 1) float32: what is meant is `values * scale`, in type `dtype`."""
+
+    values: Tensor
+    scale: Tensor
+    dtype: torch.dtype
+
+
+FLOAT16 = Rounding(torch.float16, largest=1.0, tiny=1.0)
+"""For products that exceed float16's 65504: rows are scaled into [-1, 1], smaller ones stay as they are."""
+
+
+# An expert's rows -----------------------------------------------------------------------------------------------------
+
+
+def rms_norm(
+    x: Tensor, weight: Tensor, *, eps: float, add: Tensor | None = None, rounding: Rounding | None = None
+) -> tuple[Tensor, Tensor | Rows]:
+    """Return x + add (..., n), and its root-mean-square norm (arXiv 1910.07467): rounded to its type, then weighted.
+
+    Args:
+        x: (..., n); for `add` and `rounding` (T, n).
+        weight: (n,).
+        eps: added to the mean square.
+        add: of the shape of x; nothing by default.
+        rounding: return the norm as `Rows` where the same kernel can round it; more than one row only.
+    """
+    alike = x.dtype == weight.dtype and (add is None or add.dtype == x.dtype)
+    rounds = rounding is not None and x.shape[0] > 1
+    name = f"{'' if add is None else 'add_'}rms_norm{'_round' if rounds else ''}"
+    if alike and (kernel := choice.find(name, x)):
+        given = (x,) if add is None else (x, add)
+        found = kernel(*given, weight, eps=eps, **(rounding._asdict() if rounding and rounds else {}))
+        total, *normed = (x, *(found if rounds else (found,))) if add is None else found
+        return total, Rows(normed[0], normed[1], x.dtype) if rounds else normed[0]
+    total = x if add is None else x + add
+    return total, weight * F.rms_norm(total, weight.shape, eps=eps)
+
+
+def norm_rotate(
+    qk: Tensor, weights: tuple[Tensor, Tensor] | None, rotary: Rotary, *, q_heads: int, eps: float
+) -> tuple[Tensor, Tensor]:
+    """Return queries (T, Hq, D) and keys (T, Hkv, D), normed and rotated in float32 and rounded once, in their type.
+
+    Args:
+        qk: both, (T, Hq + Hkv, D), of rows that may lie apart, as slices of a wider projection do.
+        weights: of the norms of queries and keys, each (D,); None leaves the norm out.
+        rotary: see `Rotary`.
+        q_heads: Hq.
+        eps: of the norms.
+    """
+    if kernel := choice.find("norm_rotate", qk):
+        return kernel(qk, weights, rotary, q_heads=q_heads, eps=eps)
+    exact, heads = qk.float(), [q_heads, qk.shape[1] - q_heads]
+    if weights is not None:
+        weight = torch.cat([w.expand(count, -1) for w, count in zip(weights, heads, strict=True)])
+        exact = weight * F.rms_norm(exact, exact.shape[-1:], eps=eps)
+    q, k = rotate(exact, rotary).to(qk.dtype).split(heads, dim=-2)
+    return q, k
+
+
+def rotate(x: Tensor, rotary: Rotary) -> Tensor:
+    """Rotate heads x (T, heads, D) by the table of their positions; computed in the type of x."""
+    cos, sin = rotary
+    return x * cos + x.roll(x.shape[-1] // 2, dims=-1) * sin
+
+
+def silu_mul(gate_up: Tensor, *, rounding: Rounding | None = None) -> Tensor | Rows:
+    """Return silu(gate) * up (T, n) of gate and up side by side (T, 2n).
+
+    With `rounding` it is returned as `Rows` where the same kernel can round it (more than one row only). In float16 it
+    always is, scaled into [-1, 1]: a few channels of this product exceed float16's range in Qwen2.5.
+    """
+    if gate_up.dtype == torch.float16:
+        gate, up = gate_up.float().chunk(2, dim=-1)
+        product = F.silu(gate) * up
+        scale = (product.abs().amax(-1, keepdim=True) / FLOAT16.largest).clamp(min=FLOAT16.tiny)
+        return Rows((product / scale).to(gate_up.dtype), scale, product.dtype)
+    if rounding is not None and gate_up.shape[0] > 1 and (kernel := choice.find("silu_mul_round", gate_up)):
+        values, scale = kernel(gate_up, **rounding._asdict())
+        return Rows(values, scale, gate_up.dtype)
+    if kernel := choice.find("silu_mul", gate_up):
+        return kernel(gate_up)
+    gate, up = gate_up.chunk(2, dim=-1)
+    return F.silu(gate) * up
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, add: Tensor | None = None) -> Tensor:
+    """Return x (T, in) times the rows of a weight (out, in), plus a bias (out,), plus `add` (T, out).
+
+    The addition is the product's own where the hardware can: then `add` itself is written into and returned.
+    """
+    alike = x.ndim == 2 and (add is None or x.dtype == add.dtype == weight.dtype)
+    if alike and x.shape[0] == 1 and x.dtype == torch.bfloat16 and (kernel := choice.find("matrix_times_vector", x)):
+        return kernel(x, weight, bias=bias, plus=add)
+    if add is None:
+        return F.linear(x, weight, bias)
+    if alike and bias is None and (kernel := choice.find("add_product", x)):
+        kernel(add, x, weight)
+        return add
+    return add + F.linear(x, weight, bias)
+
+
+def round_rows(x: Tensor, rounding: Rounding) -> Rows:
+    """Return x (T, n) rounded, each row by a scale of its own."""
+    if kernel := choice.find("round_rows", x):
+        values, scale = kernel(x, **rounding._asdict())
+        return Rows(values, scale, x.dtype)
+    exact = x.float()
+    scale = (exact.abs().amax(-1, keepdim=True) / rounding.largest).clamp(min=rounding.tiny)
+    return Rows((exact * scale.reciprocal()).to(rounding.dtype), scale, x.dtype)
+
+
+# One new token per text -----------------------------------------------------------------------------------------------
+
+
+def attend_appended(q: Tensor, k: Tensor, v: Tensor, keys: Tensor, values: Tensor, lengths: Tensor) -> Tensor:
+    """Append one token to each of B texts and attend from it to its text; nothing is read from the device.
+
+    Args:
+        q: queries (B, Hq, D).
+        k: new keys (B, Hkv, D).
+        v: new values (B, Hkv, D).
+        keys: of the texts (B, capacity, Hkv, D); `k` is written behind each.
+        values: as keys.
+        lengths: tokens of each text before (B,) int32; less than the capacity.
+
+    Returns:
+        (B, Hq, D) in the type of `q`.
+    """
+    if q.dtype in HALF and q.shape[-1] in SIZES and (kernel := choice.find("attend_appended", q)):
+        return kernel(q, k, v, keys, values, lengths)
+    rows, last = torch.arange(q.shape[0], device=q.device), lengths.long()
+    keys[rows, last], values[rows, last] = k, v
+    seen = torch.arange(keys.shape[1], device=q.device) <= last[:, None]  # (B, capacity)
+    # The queries of a key head are the rows of one matrix: no key has to be repeated for them.
+    out = F.scaled_dot_product_attention(
+        q.unflatten(1, (keys.shape[2], -1)),
+        keys.transpose(1, 2),
+        values.transpose(1, 2),
+        attn_mask=seen[:, None, None].expand(-1, 1, q.shape[1] // keys.shape[2], -1),
+    )
+    return out.flatten(1, 2)
+
+
+# Between the autoencoder's convolutions: kernels add up in float32 and round; float32 itself is left to torch ---------
+
+
+def group_norm_silu(norm: nn.GroupNorm, x: Tensor, plus: Tensor | None = None) -> Tensor:
+    """Return silu of the norm of x (B, C, H, W), to which a bias (C,) is added first."""
+    kernel = choice.find("group_norm_silu", x, narrow=True)
+    if kernel and type(norm) is nn.GroupNorm and not choice.is_watched(norm):
+        return kernel(x, norm.weight, norm.bias, groups=norm.num_groups, eps=norm.eps, plus=plus)
+    return F.silu(norm(x if plus is None else x + plus[:, None, None]))
+
+
+def convolve(conv: nn.Conv2d, x: Tensor) -> tuple[Tensor, Tensor | None]:
+    """Return the convolution of x, and its bias where that is still to be added: kernels that follow do it for less."""
+    if choice.find("add_biased", x, narrow=True) and type(conv) is nn.Conv2d and not choice.is_watched(conv):
+        return F.conv2d(x, conv.weight, None, conv.stride, conv.padding), conv.bias
+    return conv(x), None
+
+
+def add_biased(x: Tensor, y: Tensor, bias: Tensor | None) -> Tensor:
+    """Return x + y, both (B, C, H, W), plus a bias (C,)."""
+    if bias is None:
+        return x + y
+    if kernel := choice.find("add_biased", x, narrow=True):
+        return kernel(x, y, bias)
+    return x + (y + bias[:, None, None])
+
+
+def doubled(x: Tensor) -> Tensor:
+    """Return x (B, C, H, W) with each pixel four times, (B, C, 2H, 2W)."""
+    if kernel := choice.find("doubled", x):
+        return kernel(x)
+    return F.interpolate(x, scale_factor=2, mode="nearest")

@@ -1,0 +1,290 @@
+"""Scaled dot-product attention as objects that a model owns: `model.attention = Reference()` changes all of it.
+
+An attention says two things: how queries gather values from keys (calling it), and how the tokens of a batch find each
+other (`plan`, once per forward). What it plans is called once per layer and is where both experts meet.
+
+Shapes: B batch, Tq queries, Tk keys, Hq query heads, Hkv key/value heads (Hq a multiple of it), D channels per head.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple, Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from bagel.kernels import HOPPER
+from bagel.modeling.cache import Claim
+from bagel.modeling.layers import Heads
+from bagel.packing import Layout
+
+IMAGE_SIZED = 2**20
+"""Queries times keys from which cuDNN's kernel is worth the planning that it needs for each new shape."""
+KERNELS = [
+    SDPBackend.CUDNN_ATTENTION,
+    SDPBackend.FLASH_ATTENTION,
+    SDPBackend.EFFICIENT_ATTENTION,
+    SDPBackend.MATH,
+]
+
+
+class Seen(NamedTuple):
+    """What the und tokens (Tu, Hq, D) and the gen tokens (Tg, Hq, D) gather."""
+
+    und: Tensor
+    gen: Tensor
+
+
+class Attend(Protocol):
+    """The attention of one forward: (layer, heads of the und tokens, heads of the gen tokens) -> what they gather.
+
+    None says that nobody asks for what this layer gathers, because only keys and values were wanted of it.
+    """
+
+    def __call__(self, layer: int, und: Heads, gen: Heads) -> Seen | None:
+        """Return what both experts' tokens gather in a layer."""
+        ...
+
+
+class Attention:
+    """What all attentions share: the plan of a packed batch, sample by sample. Any object with both calls will do."""
+
+    has_step = False
+    """Whether one new token per text may be attended to by `bagel.kernels.attend_appended` instead."""
+    aligns_right = True
+    """Whether `causal` costs nothing where there are more keys than queries; else a mask is made, once per forward."""
+
+    def __call__(
+        self, q: Tensor, k: Tensor, v: Tensor, *, causal: bool = False, mask: Tensor | None = None, layer: int = 0
+    ) -> Tensor:
+        """Attend from every query to the keys it may see.
+
+        Args:
+            q: queries (Tq, Hq, D), or (B, Tq, Hq, D).
+            k: keys (Tk, Hkv, D), or with B.
+            v: values as keys.
+            causal: query i sees keys 0 to Tk - Tq + i: the last query sees all (aligned at the lower right).
+            mask: instead of `causal`, bool (Tq, Tk), true where the query may look.
+            layer: which layer asks; for who watches.
+
+        Returns:
+            Of the shape and type of `q`.
+
+        Raises:
+            ValueError: both rules at once, or one that this attention does not know.
+        """
+        raise NotImplementedError
+
+    def plan(
+        self, layout: Layout, claims: Sequence[Claim | None] | None = None, *, only_keys_from: int | None = None
+    ) -> Attend:
+        """Plan a forward: which rows of the two streams belong together, what they see, where their keys are kept.
+
+        Args:
+            layout: of the batch, see `bagel.packing.pack`.
+            claims: for each sample the place that its keys and values are written to, and the context that it sees;
+                nothing by default, and tokens see one another alone.
+            only_keys_from: a layer from which on only keys and values are kept, and nothing is gathered.
+        """
+        return SampleBySample(self, layout, claims or [None] * len(layout.samples), only_keys_from)
+
+
+@dataclass(frozen=True)
+class SampleBySample:
+    """Attention of both experts' tokens, one sample of a packed batch after the other; see `Attention.plan`."""
+
+    attention: Any
+    layout: Layout
+    claims: Sequence[Claim | None]
+    only_keys_from: int | None = None
+    masks: dict[int, Tensor] = field(default_factory=dict)
+
+    def __call__(self, layer: int, und: Heads, gen: Heads) -> Seen | None:
+        """See `Attend`."""
+        und_seen, gen_seen = [], []
+        for index, (sample, claim) in enumerate(zip(self.layout.samples, self.claims, strict=True)):
+            q, k, v = ((a[sample.und], b[sample.gen]) for a, b in zip(und, gen, strict=True))
+            keys, values = (_joined(k), _joined(v)) if claim is None else claim.write(layer, k, v)
+            if self.only_keys_from is not None and layer >= self.only_keys_from:
+                continue
+            queries = _joined(q)
+            causal, mask = self._rule(index, queries, keys)
+            out = self.attention(queries, keys, values, causal=causal, mask=mask, layer=layer)
+            und_seen.append(out[: q[0].shape[0]])
+            gen_seen.append(out[q[0].shape[0] :])
+        return Seen(_joined(und_seen), _joined(gen_seen)) if und_seen else None
+
+    def _rule(self, index: int, queries: Tensor, keys: Tensor) -> tuple[bool, Tensor | None]:
+        """Return how a sample's tokens see the context and one another: causally, all of it, or by a mask."""
+        splits = self.layout.samples[index].splits
+        if len(splits) <= 1:
+            causal = any(split.attention == "causal" for split in splits)
+            if not causal or self.attention.aligns_right or queries.shape[0] in (1, keys.shape[0]):
+                return causal, None
+        if index not in self.masks:  # made once, not once per layer; everything sees the whole context
+            count, context = queries.shape[0], keys.shape[0] - queries.shape[0]
+            own = self.layout.mask(index).to(queries.device)
+            self.masks[index] = torch.cat([own.new_ones(count, context), own], dim=1) if context else own
+        return False, self.masks[index]
+
+
+@dataclass(frozen=True)
+class SDPA(Attention):
+    """torch's scaled dot-product attention, on any device; by cuDNN's kernel for images on a GPU."""
+
+    has_step = True
+    aligns_right = False
+
+    def __call__(
+        self, q: Tensor, k: Tensor, v: Tensor, *, causal: bool = False, mask: Tensor | None = None, layer: int = 0
+    ) -> Tensor:
+        """See `Attention`."""
+        causal, queries, keys = _checked(q, causal, mask), q.shape[-3], k.shape[-3]
+        if causal and queries != keys:  # torch's is_causal is aligned at the upper left
+            causal, mask = False, lower_right_causal(queries, keys, q.device)
+        large = q.is_cuda and mask is None and queries * keys >= IMAGE_SIZED
+        gqa, single = q.shape[-2] != k.shape[-2], q.ndim == 3
+        q, k, v = ((x.unsqueeze(0) if single else x).transpose(1, 2) for x in (q, k, v))  # (B, H, T, D)
+        with sdpa_kernel(KERNELS, set_priority=True) if large else nullcontext():
+            out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal, enable_gqa=gqa)
+        out = out.transpose(1, 2)
+        return out.squeeze(0) if single else out
+
+
+@dataclass(frozen=True)
+class Flash3(SDPA):
+    """FlashAttention 3 (package fa3-fwd): Hopper GPUs, bfloat16, no gradients; what it lacks is left to `SDPA`."""
+
+    aligns_right = True
+
+    def __call__(
+        self, q: Tensor, k: Tensor, v: Tensor, *, causal: bool = False, mask: Tensor | None = None, layer: int = 0
+    ) -> Tensor:
+        """See `Attention`."""
+        causal = _checked(q, causal, mask)
+        learns = torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v))
+        if mask is not None or learns or q.dtype != torch.bfloat16:
+            return super().__call__(q, k, v, causal=causal, mask=mask, layer=layer)
+        return _batched(_flash_function("fa3"), q, k, v, causal)
+
+
+@dataclass(frozen=True)
+class Flash(Attention):
+    """FlashAttention 2 (package flash-attn): CUDA GPUs, bfloat16 or float16, no masks."""
+
+    has_step = True
+
+    def __call__(
+        self, q: Tensor, k: Tensor, v: Tensor, *, causal: bool = False, mask: Tensor | None = None, layer: int = 0
+    ) -> Tensor:
+        """See `Attention`."""
+        causal = _checked(q, causal, mask)
+        if mask is not None:
+            raise ValueError('attention="flash" takes no arbitrary mask; use "sdpa" for sequences of several segments')
+        if q.dtype == torch.float32:
+            raise ValueError('attention="flash" computes in bfloat16 or float16, got float32; use "sdpa"')
+        return _batched(_flash_function("flash"), q, k, v, causal)
+
+
+@dataclass(frozen=True)
+class Reference(Attention):
+    """The definition in float64: for tests, and for who wants to see the weights."""
+
+    def __call__(
+        self, q: Tensor, k: Tensor, v: Tensor, *, causal: bool = False, mask: Tensor | None = None, layer: int = 0
+    ) -> Tensor:
+        """See `Attention`."""
+        weights = self.weights(q, k, causal=causal, mask=mask)
+        values = v.double().repeat_interleave(q.shape[-2] // v.shape[-2], dim=-2)  # (..., Tk, Hq, D)
+        return torch.einsum("...hqk,...khd->...qhd", weights, values).to(q.dtype)
+
+    def weights(self, q: Tensor, k: Tensor, *, causal: bool = False, mask: Tensor | None = None) -> Tensor:
+        """Return how much each query looks at each key, (..., Hq, Tq, Tk) float64; rows sum to one."""
+        if _checked(q, causal, mask):
+            mask = lower_right_causal(q.shape[-3], k.shape[-3], q.device)
+        keys = k.double().repeat_interleave(q.shape[-2] // k.shape[-2], dim=-2)  # (..., Tk, Hq, D)
+        scores = torch.einsum("...qhd,...khd->...hqk", q.double(), keys) * q.shape[-1] ** -0.5
+        return (scores if mask is None else scores.masked_fill(~mask, float("-inf"))).softmax(-1)
+
+
+BACKENDS: dict[str, type[Attention]] = {"sdpa": SDPA, "fa3": Flash3, "flash": Flash, "reference": Reference}
+"""Attentions by name; "auto" is the fastest here."""
+
+
+def attention_of(choice: str | Attention, *, device: torch.device, dtype: torch.dtype) -> Attention:
+    """Return the attention that a name stands for, "auto" the fastest for a device and a type; or what was given.
+
+    Raises:
+        ValueError: an unknown name.
+        ImportError: one whose package is not installed.
+    """
+    if not isinstance(choice, str):
+        return choice
+    if check_backend(choice) != "auto":
+        return BACKENDS[choice]()
+    hopper = device.type == "cuda" and torch.cuda.get_device_capability(device)[0] == HOPPER
+    return Flash3() if hopper and dtype == torch.bfloat16 and _has_fa3() else SDPA()
+
+
+def check_backend(name: str) -> str:
+    """Return `name` if that attention can run here; raise ValueError (unknown) or ImportError (not installed)."""
+    if name != "auto" and name not in BACKENDS:
+        raise ValueError(f"attention must be one of auto, {', '.join(BACKENDS)}, or an object, got {name!r}")
+    if name in ("fa3", "flash"):
+        _flash_function(name)
+    return name
+
+
+def lower_right_causal(queries: int, keys: int, device: torch.device) -> Tensor:
+    """Return the bool mask (Tq, Tk) of text that follows a context: query i sees keys up to Tk - Tq + i."""
+    return torch.ones(queries, keys, dtype=torch.bool, device=device).tril(keys - queries)
+
+
+def _checked(q: Tensor, causal: bool, mask: Tensor | None) -> bool:
+    """Return whether the causal rule leaves anything out: a single query at the end sees everything."""
+    if causal and mask is not None:
+        raise ValueError("attention takes causal=True or a mask, not both")
+    return causal and q.shape[-3] > 1
+
+
+@functools.cache
+def _has_fa3() -> bool:
+    try:
+        _flash_function("fa3")
+    except (ImportError, OSError):  # not there, or built for another torch
+        return False
+    return True
+
+
+def _flash_function(name: str) -> Callable[..., Tensor]:
+    """Return the function of the package behind "fa3" or "flash"; raise ImportError where it is not installed."""
+    module, package, gpu = {
+        "fa3": ("fa3_fwd_interface", "fa3-fwd", "Hopper"),
+        "flash": ("flash_attn", "flash-attn", "CUDA"),
+    }[name]
+    try:
+        return importlib.import_module(module).flash_attn_func
+    except ImportError as error:
+        raise ImportError(
+            f'attention="{name}" needs the package {package} and a {gpu} GPU: pip install {package}, or use the '
+            'default attention="auto"'
+        ) from error
+
+
+def _batched(function: Callable[..., Tensor], q: Tensor, k: Tensor, v: Tensor, causal: bool) -> Tensor:
+    if q.ndim == 4:
+        return function(q, k, v, causal=causal)
+    return function(q[None], k[None], v[None], causal=causal)[0]
+
+
+def _joined(parts: Sequence[Tensor]) -> Tensor:
+    """Return tensors (n, ...) one after the other; a copy is only made of several that hold anything."""
+    held = [part for part in parts if part.shape[0]] or list(parts[:1])
+    return held[0] if len(held) == 1 else torch.cat(held)

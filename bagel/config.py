@@ -208,7 +208,7 @@ class BagelConfig:
 
     @cached_property
     def latent_downsample(self) -> int:
-        """Pixels per latent token along a side (16); picture sides must be multiples of it."""
+        """Pixels per latent token along a side (16); image sides must be multiples of it."""
         vae = self.vae_config or VAEConfig()
         return vae.downsample * self.latent_patch_size
 

@@ -27,6 +27,8 @@ def explain_out_of_memory(doing: str, *, way_out: str) -> Iterator[None]:
         yield
     except torch.OutOfMemoryError as error:
         raise NotEnoughMemoryError(f"out of GPU memory while {doing}: {way_out}") from error
+    except NotEnoughMemoryError:  # explained already, nearer to what was being done
+        raise
     except MemoryError as error:
         known = f" ({error})" if str(error) else ""
         raise NotEnoughMemoryError(f"out of memory while {doing}{known}: {way_out}") from error

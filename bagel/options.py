@@ -29,7 +29,6 @@ from bagel.sampling import (
     flow_timesteps,
 )
 
-Output = Literal["text", "image"]
 SAMPLING, GUIDANCE = ([one.name for one in options_of(kind)] for kind in (Choosing, Guiding))
 
 THINK_UNDERSTAND = (
@@ -110,14 +109,20 @@ class Seeded(Parameters):
 
 @dataclass(frozen=True, kw_only=True)
 class Reading(Parameters):
-    """How texts and images are read."""
+    """How texts are read."""
 
     system_prompt: str | None = option(
         None, "comes first; by default nothing, or with think the prompt it was trained with", metavar="TEXT"
     )
+    allow_special: bool = option(True, "let texts spell special tokens, which otherwise are ordinary text")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Seeing(Parameters):
+    """How images are read."""
+
     exif: bool = option(True, "turn input images upright as their EXIF data say")
     resize_once: bool = option(False, "let the ViT see the image itself, not that resized by the autoencoder's rule")
-    allow_special: bool = option(True, "let texts spell special tokens, which otherwise are ordinary text")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -184,8 +189,8 @@ class Writing(Chosen):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Planning(Thinking, Chosen):
-    """How the plan before an image is written."""
+class PlanOptions(Chosen):
+    """Everything that can be asked of a plan within a session. In a class with `think` that must be on."""
 
     max_think_tokens: int = option(1000, "limit of the plan", at_least=1, needs="think", metavar="N")
     do_sample: bool = option(False, "draw the tokens of the plan instead of taking the likeliest", needs="think")
@@ -196,13 +201,23 @@ class Planning(Thinking, Chosen):
 
     @property
     def text_limit(self) -> int:
+        """New tokens of the plan."""
+        return self.max_think_tokens
+
+
+@dataclass(frozen=True, kw_only=True)
+class Planning(PlanOptions, Thinking):
+    """Whether a plan is written before an image, and how."""
+
+    @property
+    def text_limit(self) -> int:
         """New tokens of the plan; 0 without one."""
-        return self.max_think_tokens if self.think else 0
+        return super().text_limit if self.think else 0
 
 
 @dataclass(frozen=True, kw_only=True)
 class Flow(Parameters):
-    """How the flow is followed from noise to an image."""
+    """The times of the flow from noise to an image, and which evaluations are predicted."""
 
     num_timesteps: int = option(
         50, "times of the flow: one more than steps", at_least=2, flags=["--steps"], metavar="N"
@@ -210,7 +225,6 @@ class Flow(Parameters):
     timestep_shift: float = option(
         3.0, "the larger, the more of the steps go to the noisy end", above=0, flags=["--shift"], metavar="S"
     )
-    solver: Solver | None = option(None, "takes the steps; by default Euler's, which is the official one")
     taylorseer: bool = option(False, "predict most evaluations instead of computing them: faster, lossy")
     caching: Caching | None = option(None, "predicts evaluations in its own way", instead_of=["taylorseer"])
 
@@ -220,19 +234,14 @@ class Flow(Parameters):
         return flow_timesteps(self.num_timesteps, shift=self.timestep_shift)
 
     @property
-    def step_solver(self) -> Solver:
-        """What takes the steps."""
-        return Euler() if self.solver is None else self.solver
-
-    @property
     def cache(self) -> Caching | None:
         """What predicts evaluations, if anything does."""
         return TaylorSeer() if self.caching is None and self.taylorseer else self.caching
 
 
 @dataclass(frozen=True, kw_only=True)
-class Drawing(Guiding, Flow):
-    """How one image is drawn."""
+class VelocityOptions(Guiding, Flow):
+    """Everything that can be asked of the velocity of one image within a session."""
 
     height: int | None = option(
         None,
@@ -251,17 +260,9 @@ class Drawing(Guiding, Flow):
         "text", "what guidance by the text drops: the last text, or every text of the last turn", metavar="WHAT"
     )
     plan_in_image_dropped: bool = option(False, "keep the plan where guidance drops the images, as the benchmarks do")
-    noise: Tensor | None = option(
-        None, "start noise (height / 16 * width / 16, 64) instead of drawing it", per_item="each"
-    )
-    on_step: OnStep | None = option(
-        None, "called with every `FlowStep`; latents that it returns take the next ones' place"
-    )
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.noise is not None:
-            _check_noise("noise", self.noise)
         if self.negative_prompt is not None and "text_dropped" not in branch_names(self.guide):
             raise ValueError(
                 f"negative_prompt has no effect without guidance: use a cfg_text_scale above 1, got "
@@ -275,13 +276,41 @@ class Drawing(Guiding, Flow):
 
 
 @dataclass(frozen=True, kw_only=True)
+class Drawing(VelocityOptions):
+    """How one image is drawn."""
+
+    solver: Solver | None = option(None, "takes the steps; by default Euler's, which is the official one")
+    noise: Tensor | None = option(
+        None, "start noise (height / 16 * width / 16, 64) instead of drawing it", per_item="each"
+    )
+    on_step: OnStep | None = option(
+        None, "called with every `FlowStep`; latents that it returns take the next ones' place"
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.noise is not None:
+            check_noise("noise", self.noise)
+
+    @property
+    def step_solver(self) -> Solver:
+        """What takes the steps."""
+        return Euler() if self.solver is None else self.solver
+
+
+@dataclass(frozen=True, kw_only=True)
 class DrawOptions(Planning, Drawing):
     """Everything that can be asked of an image within a session."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class ImageOptions(Shown, Seeded, Reading, Encoding, DrawOptions):
-    """Everything that can be asked of a drawing or an edit."""
+class ImageOptions(Shown, Seeded, Reading, DrawOptions):
+    """Everything that can be asked of a drawing from a text."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class EditOptions(Seeing, Encoding, ImageOptions):
+    """Everything that can be asked of an edit."""
 
     posterior_noise: Sequence[Tensor] | None = option(
         None, "for each input image (16, h / 8, w / 8), instead of drawing it", per_item="each"
@@ -292,23 +321,24 @@ class ImageOptions(Shown, Seeded, Reading, Encoding, DrawOptions):
         if self.posterior == "mean" and self.posterior_noise is not None:
             raise ValueError('posterior_noise has no effect with posterior="mean": give one of them')
         for i, noise in enumerate(self.posterior_noise or ()):
-            _check_noise(f"posterior_noise[{i}]", noise)
+            check_noise(f"posterior_noise[{i}]", noise)
 
 
 @dataclass(frozen=True, kw_only=True)
-class TextOptions(Shown, Seeded, Reading, Thinking, Writing):
+class TextOptions(Shown, Seeded, Seeing, Reading, Thinking, Writing):
     """Everything that can be asked of an answer."""
 
     @property
     def text_limit(self) -> int:
         """New tokens of the answer."""
-        return self.max_new_tokens or (1000 if self.think else 512)
+        return 1000 if self.think and self.max_new_tokens is None else super().text_limit
 
 
 @dataclass(frozen=True, kw_only=True)
-class SessionOptions(Shown, Seeded, Reading, Encoding):
+class SessionOptions(Shown, Seeded, Seeing, Reading, Encoding):
     """Everything that holds for a whole session."""
 
+    draws: bool = option(True, "read images as latents too, so that images can be drawn from them")
     reread: Literal["latents", "pixels"] = option(
         "latents",
         "what a drawn image enters the session by: its own latents, or its pixels encoded again",
@@ -316,7 +346,8 @@ class SessionOptions(Shown, Seeded, Reading, Encoding):
     )
 
 
-def _check_noise(name: str, noise: Tensor) -> None:
+def check_noise(name: str, noise: Tensor) -> None:
+    """Raise TypeError or ValueError where a given noise is no finite floating-point tensor."""
     if not noise.is_floating_point():
         raise TypeError(f"{name} must be a floating-point tensor, got {noise.dtype}")
     if not noise.isfinite().all():
@@ -324,12 +355,14 @@ def _check_noise(name: str, noise: Tensor) -> None:
 
 
 TASKS: Mapping[str, tuple[type[Parameters], str]] = {
-    "text_to_image": (ImageOptions, "image output"),
-    "edit": (ImageOptions, "image output"),
+    "text_to_image": (ImageOptions, "image output from texts alone"),
+    "edit": (EditOptions, "image output"),
     "understand": (TextOptions, "text output"),
     "session": (SessionOptions, "a session"),
     "write": (Writing, "what a session writes"),
     "draw": (DrawOptions, "what a session draws"),
+    "think": (PlanOptions, "the plan of a session"),
+    "velocity": (VelocityOptions, "the velocity of an image"),
 }
 """The options of each task, and what it makes."""
 

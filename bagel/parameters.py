@@ -42,7 +42,7 @@ class Option:
         default: what holds where nothing is given.
         meaning: one clause in plain words; help texts and schemas show it.
         at_least, at_most, above: bounds of a number, which must then be finite.
-        needs: an option that must be on for this one to have an effect.
+        needs: an option that must be on for this one to have an effect, in the classes that have it.
         instead_of: options that this one replaces, so that they cannot be given together.
         per_item: "each" request of a batch needs its own, in a list; "shared": or one may stand for all.
         flags: further spellings on the command line.
@@ -133,8 +133,11 @@ class Parameters:
 def options_of(kind: type[Parameters]) -> tuple[Option, ...]:
     """Return the options that a class of `Parameters` declares and inherits, in order."""
     hints = get_type_hints(kind)
-    declared = fields(kind)  # pyright: ignore[reportArgumentType]
-    return tuple(replace(f.metadata["option"], name=f.name, kind=hints[f.name]) for f in declared)
+    declared = {f.name: f.metadata["option"] for f in fields(kind)}  # pyright: ignore[reportArgumentType]
+    return tuple(
+        replace(one, name=name, kind=hints[name], needs=one.needs if one.needs in declared else None)
+        for name, one in declared.items()
+    )
 
 
 def build(

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from PIL import Image
 
-from bagel.generation.batches import draw_all, read_all, stream, write_all
+from bagel.generation.batches import draw_all, read_all, stream, working, write_all
 from bagel.generation.reading import Input, check_inputs, check_texts, with_images
 from bagel.generation.session import Session
 from bagel.modeling import Attention, Bagel
@@ -23,6 +23,7 @@ from bagel.options import (
     make_options,
     one_by_one,
 )
+from bagel.parameters import described
 from bagel.processor import Processor
 from bagel.results import ImageResult, TextResult
 from bagel.sampling import branch_names
@@ -51,13 +52,14 @@ class BagelPipeline:
         model: the MoT decoder with what it has of vision and generation.
         vae: the autoencoder; None for a model that only understands.
         tokenizer: text to ids.
-        attention: a name or an object, see `bagel.modeling.attention`; it becomes `model.attention`.
+        attention: a name or an object, see `bagel.modeling.attention`; it becomes `model.attention`; None: as it is.
     """
 
     def __init__(
-        self, model: Bagel, vae: Autoencoder | None, tokenizer: Tokenizer, *, attention: str | Attention = "auto"
+        self, model: Bagel, vae: Autoencoder | None, tokenizer: Tokenizer, *, attention: str | Attention | None = None
     ) -> None:
-        model.attention = attention_of(attention, device=model.device, dtype=model.dtype)
+        if attention is not None:
+            model.attention = attention_of(attention, device=model.device, dtype=model.dtype)
         if vae is not None and model.device.type == "cuda":  # laid out as the GPU's convolutions like it
             vae.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
         self.model, self.vae = model, vae
@@ -262,8 +264,7 @@ class BagelPipeline:
         """
         single = check_texts("prompt", prompt)
         batch = [[prompt]] if single else [[text] for text in prompt]
-        results = self._run(batch, "text_to_image", preset, options, single=single)
-        return results[0] if single else results
+        return self._run(batch, "text_to_image", preset, options, single=single)
 
     @takes("edit", Edit, ImageResult, EditMany, list[ImageResult])
     def edit(self, images, instruction, *, preset=None, **options):
@@ -287,8 +288,7 @@ class BagelPipeline:
         """
         single = check_texts("instruction", instruction)
         batch = with_images(images, instruction, needed=True)
-        results = self._run(batch, "edit", preset, options, single=single)
-        return results[0] if single else results
+        return self._run(batch, "edit", preset, options, single=single)
 
     @takes("understand", Ask, TextResult, AskMany, list[TextResult])
     def understand(self, images, question, *, preset=None, **options):
@@ -312,10 +312,9 @@ class BagelPipeline:
         """
         single = check_texts("question", question)
         batch = with_images(images, question, needed=False)
-        results = self._run(batch, "understand", preset, options, single=single)
-        return results[0] if single else results
+        return self._run(batch, "understand", preset, options, single=single)
 
-    @takes("text_to_image understand", GenerateImage, ImageResult, GenerateText, TextResult)
+    @takes("text_to_image edit understand", GenerateImage, ImageResult, GenerateText, TextResult)
     def generate(self, inputs, *, output="image", preset=None, **options):
         """Read any interleaving of texts and images, then answer in text or draw.
 
@@ -323,8 +322,9 @@ class BagelPipeline:
             inputs: texts and PIL images, in order.
             output: "text" or "image".
             preset: a set of options under those that are given; see `bagel.options.PRESETS`.
-            options: by name, below; those for the other output are refused. The defaults are those of drawing from
-                texts: with an image among the inputs guidance has the defaults of `edit`.
+            options: by name, below; those for the other output are refused, and those about images where there is none
+                among the inputs. The defaults are those of drawing from texts: with an image among the inputs guidance
+                has the defaults of `edit`.
 
         Returns:
             TextResult or ImageResult.
@@ -335,9 +335,9 @@ class BagelPipeline:
             MissingHalfError: the model was loaded without a half that this needs.
             NotEnoughMemoryError, FloatingPointError: as `text_to_image`.
         """
-        return self._generate([inputs], output, preset, options, single=True)[0]
+        return self._generate([inputs], output, preset, options, single=True)
 
-    @takes("text_to_image understand", GenerateImages, list[ImageResult], GenerateTexts, list[TextResult])
+    @takes("text_to_image edit understand", GenerateImages, list[ImageResult], GenerateTexts, list[TextResult])
     def generate_batch(self, batch, *, output="image", preset=None, **options):
         """Generate from several inputs at once, one seed each; the results are those of one call at a time.
 
@@ -354,7 +354,9 @@ class BagelPipeline:
         options: dict[str, Any],
         *,
         single: bool = False,
-    ) -> list[Any]:
+    ) -> Any:
+        if isinstance(batch, str | bytes) or not isinstance(batch, Sequence):
+            raise TypeError(f"the batch must be a list of lists of inputs, got {described(batch)}")
         if output not in ("text", "image"):
             raise ValueError(f'output must be "text" or "image", got {output!r}')
         for inputs in batch:
@@ -397,20 +399,23 @@ class BagelPipeline:
         given: dict[str, Any],
         *,
         single: bool = False,
-    ) -> list[Any]:
-        """Read, then answer or draw: one session a request, all in the same passes."""
+    ) -> Any:
+        """Read, then answer or draw: one session per request, all in the same passes."""
         if not batch:
             raise ValueError("there is nothing to do: the batch is empty")
         each = [given] if single else one_by_one(given, len(batch))
         options = [make_options(task, values, preset) for values in each]
         sessions = [self._session(own) for own in options]
-        if task == "understand":
-            read_all(sessions, batch)
-            return write_all(sessions, options[0])
-        for session, own in zip(sessions, options, strict=True):
-            session.size_of(own)  # refused here, before any work, if nothing can be drawn in it
-        read_all(sessions, batch, posterior_noise=[own.posterior_noise for own in options])
-        return draw_all(sessions, options)
+        with working(sessions, f"working on {len(sessions)} request(s)"):  # all of it or nothing
+            if task == "understand":
+                read_all(sessions, batch)
+                results: list[Any] = [*write_all(sessions, options[0])]
+            else:
+                for session, own in zip(sessions, options, strict=True):
+                    session.size_of(own)  # refused here, before any work, if nothing can be drawn in it
+                read_all(sessions, batch, posterior_noise=[getattr(own, "posterior_noise", None) for own in options])
+                results = [*draw_all(sessions, options)]
+        return results[0] if single else results
 
     def _session(self, options: ImageOptions | TextOptions) -> Session:
         """Return the session of one request; to think is to be told so first."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -57,7 +58,14 @@ class Processor:
 
         Args:
             ids: n ids without bos and eos.
+
+        Raises:
+            ValueError: an id that the model has no embedding for.
+            TypeError: something else than whole numbers.
         """
+        size, ids = self.config.llm_config.vocab_size, [operator.index(token) for token in ids]
+        if wrong := [token for token in ids if not 0 <= token < size]:
+            raise ValueError(f"token ids must lie between 0 and {size - 1}, got {wrong[0]}")
         return Text(torch.tensor([self.tokenizer.bos_id, *ids, self.tokenizer.eos_id]))
 
     @cached_property
@@ -105,7 +113,7 @@ class Processor:
         side, interpolate = self.config.vit_max_num_patch_per_side, self.config.interpolate_pos
         return ViTImage(prepared.vit_patches, patch_positions(*prepared.vit_grid, side, interpolate=interpolate))
 
-    def pixels(self, image: Image.Image | PreparedImage) -> Tensor:
+    def pixels(self, image: Image.Image | PreparedImage, *, exif: bool = True) -> Tensor:
         """Return an image as the autoencoder gets it, uint8 (3, H, W), see `bagel.image.in_unit`; needs no ViT.
 
         Raises:
@@ -114,7 +122,7 @@ class Processor:
         if isinstance(image, PreparedImage):
             return image.vae_levels
         rule = self.config.vae_image_transform
-        return to_levels(resize(resize(open_image(image), rule), rule)).contiguous()
+        return to_levels(resize(resize(open_image(image, exif=exif), rule), rule)).contiguous()
 
     # Latents --------------------------------------------------------------------------------------------------------
 

@@ -17,7 +17,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from bagel.options import DEFAULTS, TASKS, ImageOptions, TextOptions
+from bagel.options import DEFAULTS, TASKS, EditOptions, ImageOptions, TextOptions
 from bagel.parameters import options_of
 
 P = ParamSpec("P")
@@ -59,16 +59,18 @@ def takes(tasks: str, /, *_: Any) -> Callable[[Callable[..., Any]], Any]:
     """Return a decorator for a method with `**options`: its signature and docstring then spell out every option.
 
     Args:
-        tasks: keys of `bagel.options.TASKS`, with a space between them, whose options and defaults are shown.
+        tasks: keys of `bagel.options.TASKS`, with a space between them, whose options are shown; defaults are those of
+            the first that has the option.
         one, gives: for type checkers: a constructor with the method's parameters, and its result.
         other, gives_other: the same for a second way to call it.
     """
     defaults: dict[str, Any] = {}
     shown = {}
     for task in tasks.split():
-        defaults |= DEFAULTS.get(task, {})
-        shown |= {one.name: one for one in options_of(TASKS[task][0])}
-    listed = [(one, defaults.get(name, one.default)) for name, one in shown.items()]
+        own = {one.name: one for one in options_of(TASKS[task][0])}
+        defaults = {name: one.default for name, one in own.items()} | dict(DEFAULTS.get(task, {})) | defaults
+        shown |= own
+    listed = [(one, defaults[name]) for name, one in shown.items()]
 
     def decorate(function: Callable[..., Any]) -> Any:
         signature = inspect.signature(function)
@@ -88,6 +90,11 @@ class ToImage(ImageOptions):
     """What every method takes that draws one image."""
 
     preset: str | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class ToEdit(ToImage, EditOptions):
+    """What every method takes that draws one image and reads images."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -113,6 +120,12 @@ class ToImages(Each, ToImage):
     width: int | Sequence[int] | None = None
     negative_prompt: str | Sequence[str] | None = None
     noise: Sequence[Tensor] | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class ToEdits(ToImages, ToEdit):
+    """What every method takes that draws a batch and reads images."""
+
     posterior_noise: Sequence[Sequence[Tensor]] | None = None
 
 
@@ -136,7 +149,7 @@ class DrawMany(ToImages):
 
 
 @dataclass(frozen=True)
-class Edit(ToImage):
+class Edit(ToEdit):
     """`edit` by one instruction."""
 
     images: Images
@@ -144,7 +157,7 @@ class Edit(ToImage):
 
 
 @dataclass(frozen=True)
-class EditMany(ToImages):
+class EditMany(ToEdits):
     """`edit` by several instructions."""
 
     images: Sequence[Images]
@@ -175,7 +188,7 @@ class Stream(ToText):
 
 
 @dataclass(frozen=True)
-class GenerateImage(ToImage):
+class GenerateImage(ToEdit):
     """`generate` with an image as output."""
 
     inputs: Sequence[Input]
@@ -193,7 +206,7 @@ class GenerateText(ToText):
 
 
 @dataclass(frozen=True)
-class GenerateImages(ToImages):
+class GenerateImages(ToEdits):
     """`generate_batch` with images as output."""
 
     batch: Sequence[Sequence[Input]]

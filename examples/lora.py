@@ -30,7 +30,7 @@ class LoRA(nn.Module):
 
 def lesson(example):
     prompt, image = example.inputs[0], Image.merge("RGB", example.outputs[0].split()[::-1])
-    said, z, t = pipe.processor.text(prompt), session.encode(image), random.random()
+    said, (z, _), t = pipe.processor.text(prompt), session.encode(image), random.random()
     noise, answer = torch.randn_like(z), torch.cat([said.ids[1:], torch.tensor([IGNORE])])
     cells = pipe.processor.grid(image.height, image.width)
     drawn = LatentImage((1 - t) * z + t * noise, cells, timestep=t, noisy=True, velocity=noise - z)

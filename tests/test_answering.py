@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from small_model import assert_same, held, latents, packs, small_model, text, vit
 
 from bagel.generation.batches import _decoding as decoding_of
-from bagel.generation.contexts import Contexts, Utterance, read_all
+from bagel.generation.contexts import Contexts, Utterance, append_all
 from bagel.generation.writing import Answer, Decoding, TextWriter, score, texts_of
 from bagel.modeling import Context
 from bagel.options import make_options
@@ -100,7 +100,7 @@ PROMPTS = [[text(4, seed=1)], [latents(3), vit(5), text(2, seed=2)], [text(9, se
 
 def context_of(segments) -> Context:
     contexts = Contexts.empty(small_model())
-    read_all(small_model(), packs, [(contexts, [Utterance(segment, "text") for segment in segments])])
+    append_all(small_model(), packs, [(contexts, [Utterance(segment, "text") for segment in segments])])
     return contexts.full
 
 

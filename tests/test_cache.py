@@ -39,7 +39,7 @@ def model(request) -> Bagel:
 
 
 def new_context() -> Context:
-    return Context(KVCache(small_config().llm_config, device="cpu", dtype=torch.float32))
+    return Context(KVCache.empty(small_config().llm_config, device="cpu", dtype=torch.float32))
 
 
 def numbered(*numbers: int) -> Tensor:

@@ -66,6 +66,19 @@ def test_help_shows_examples(command, capsys):
     assert f"bagel {command}".strip() in printed
 
 
+@pytest.mark.parametrize("flag", ["--no-exif", "--resize-once", "--posterior"])
+def test_flags_about_input_images_are_those_of_commands_that_read_images(flag, capsys):
+    commands = {
+        "text-to-image": False,
+        "edit": True,
+        "understand": flag != "--posterior",
+        "chat": flag != "--posterior",
+    }
+    for command, has in commands.items():
+        assert exit_code(command, "--help") == 0
+        assert (f"{flag} " in capsys.readouterr().out) == has
+
+
 def test_version_names_the_distribution(capsys):
     assert exit_code("--version") == 0
     assert capsys.readouterr().out.startswith("bagel-mot 0.")

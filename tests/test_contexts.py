@@ -9,7 +9,7 @@ import torch
 from conftest import assert_close
 from small_model import assert_same, held, latents, packs, small_model, text, vit
 
-from bagel.generation.contexts import Contexts, Utterance, read_all
+from bagel.generation.contexts import Contexts, Utterance, append_all
 from bagel.generation.drawing import branch_contexts, shared_branches
 from bagel.modeling import Context
 from bagel.modeling.cache import claim_all
@@ -31,7 +31,7 @@ def read_into(contexts: Contexts, *names: str) -> Contexts:
         if name == "turn":
             contexts.begin_turn()
         else:
-            read_all(small_model(), packs, [(contexts, UTTERANCES[name]())])
+            append_all(small_model(), packs, [(contexts, UTTERANCES[name]())])
     return contexts
 
 
@@ -173,7 +173,7 @@ def test_a_negative_prompt_stands_where_the_dropped_text_began(names, text_dropp
 def test_a_negative_prompt_before_an_image_is_reading_it_before_the_image():
     found = asked(read("system", "text", "image"), negatives=[NEGATIVE])[0]["text_dropped"]
     wanted = read("system")
-    read_all(small_model(), packs, [(wanted, [Utterance(NEGATIVE, "text")])])
+    append_all(small_model(), packs, [(wanted, [Utterance(NEGATIVE, "text")])])
     read_into(wanted, "image")
     assert_same(held(found), held(wanted.full))
 
@@ -255,7 +255,7 @@ def test_several_generations_at_once_are_one_by_one():
     names = [("text", "image", "other"), ("text",), ("image", "text")]
     together = [Contexts.empty(small_model()) for _ in names]
     entries = [[entry for name in own for entry in UTTERANCES[name]()] for own in names]
-    read_all(small_model(), packs, list(zip(together, entries, strict=True)))
+    append_all(small_model(), packs, list(zip(together, entries, strict=True)))
     for found, own in zip(asked(*together), names, strict=True):
         alone = asked(read(*own))[0]
         for name in ("full", "text_dropped", "image_dropped"):

@@ -10,7 +10,7 @@ import torch
 from conftest import REFERENCE, assert_close, load_model
 from small_model import DENSE, assert_same, held, new_model, packs, small_model, text
 
-from bagel.generation.contexts import Contexts, Utterance, read_all
+from bagel.generation.contexts import Contexts, Utterance, append_all
 from bagel.generation.writing import Decoding
 from bagel.kernels import attend_appended
 from bagel.modeling import Bagel, Reference
@@ -28,7 +28,7 @@ def contexts_of(model: Bagel, lengths=LENGTHS):
     conversations = [Contexts.empty(model) for _ in lengths]
     with torch.no_grad():
         utterances = [[Utterance(text(length, seed=length), "text")] for length in lengths]
-        read_all(model, packs, list(zip(conversations, utterances, strict=True)))
+        append_all(model, packs, list(zip(conversations, utterances, strict=True)))
     return [contexts.full for contexts in conversations]
 
 

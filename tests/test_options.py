@@ -5,12 +5,13 @@ from __future__ import annotations
 import inspect
 import json
 from typing import Any
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
 import torch
 
-from bagel import signatures
+from bagel import Session, signatures
 from bagel.options import (
     DEFAULTS,
     EDIT,
@@ -18,6 +19,7 @@ from bagel.options import (
     PRESETS,
     TASKS,
     DrawOptions,
+    EditOptions,
     ImageOptions,
     SessionOptions,
     TextOptions,
@@ -34,7 +36,9 @@ def names(kind: Any) -> list[str]:
 
 
 def task_of(options: dict[str, Any]) -> str:
-    return "text_to_image" if options.keys() <= set(names(ImageOptions)) else "understand"
+    return next(
+        task for task in ("text_to_image", "edit", "understand") if options.keys() <= set(names(TASKS[task][0]))
+    )
 
 
 # Checks ---------------------------------------------------------------------------------------------------------------
@@ -134,6 +138,7 @@ NEEDS = [
     ("text_to_image", {"do_sample": True, "temperature": 0.7}, "think"),
     ("edit", {"max_think_tokens": 10}, "think"),
     ("edit", {"sampling": TextSampling()}, "think"),
+    ("think", {"top_p": 0.5}, "do_sample"),
 ]
 
 
@@ -153,7 +158,11 @@ def test_what_a_preset_or_a_default_sets_or_what_is_off_needs_nothing(preset):
 @pytest.mark.parametrize(
     ("task", "name", "makes"),
     [
-        ("text_to_image", "stop", "image output"),
+        ("text_to_image", "stop", "image output from texts alone"),
+        *[
+            ("text_to_image", name, "image output from texts alone")
+            for name in ("exif", "resize_once", "posterior", "posterior_noise")
+        ],
         ("edit", "max_new_tokens", "image output"),
         ("edit", "logprobs", "image output"),
         ("understand", "height", "text output"),
@@ -162,6 +171,11 @@ def test_what_a_preset_or_a_default_sets_or_what_is_off_needs_nothing(preset):
         ("session", "height", "a session"),
         ("write", "seed", "what a session writes"),
         ("draw", "exif", "what a session draws"),
+        *[("think", name, "the plan of a session") for name in ("think", "max_new_tokens", "stop", "height", "seed")],
+        *[
+            ("velocity", name, "the velocity of an image")
+            for name in ("solver", "noise", "on_step", "think", "max_think_tokens", "do_sample", "seed")
+        ],
         ("edit", "reread", "image output"),
     ],
 )
@@ -180,7 +194,7 @@ def test_a_misspelt_option_is_told_its_name():
 
 def test_defaults_are_the_official_ones():
     drawn, edited, text = (make_options(task, {}) for task in ("text_to_image", "edit", "understand"))
-    assert (type(drawn), type(edited), type(text)) == (ImageOptions, ImageOptions, TextOptions)
+    assert (type(drawn), type(edited), type(text)) == (ImageOptions, EditOptions, TextOptions)
     assert drawn.guide == Guidance(cfg_text_scale=4.0, cfg_img_scale=1.0, cfg_interval=(0.4, 1.0))
     assert edited.guide == Guidance(cfg_img_scale=2.0, cfg_interval=(0.0, 1.0), cfg_renorm_type="text_channel")
     assert (drawn.num_timesteps, drawn.timestep_shift, drawn.max_think_tokens) == (50, 3.0, 1000)
@@ -193,6 +207,14 @@ def test_limits_of_texts():
     assert make_options("understand", {"think": True, "max_new_tokens": 7}).text_limit == 7
     assert [make_options("edit", {"think": think}).text_limit for think in (False, True)] == [0, 1000]
     assert make_options("write", {}).text_limit == 512
+    assert [make_options("think", given).text_limit for given in ({}, {"max_think_tokens": 7})] == [1000, 7]
+
+
+def test_a_plan_of_a_session_needs_no_think():
+    given = {"max_think_tokens": 5, "do_sample": True, "temperature": 0.5, "top_p": 0.9}
+    assert make_options("think", given).chooser == TextSampling(do_sample=True, temperature=0.5, top_p=0.9)
+    assert sorted(names(TASKS["think"][0])) == sorted([*given, "sampling"])
+    assert not any(one.explained.endswith("only with think") for one in options_of(TASKS["think"][0]))
 
 
 def test_stop_strings_are_a_tuple():
@@ -295,12 +317,12 @@ METHODS = [
     ("edit", signatures.Edit, ["images", "instruction"]),
     ("understand", signatures.Ask, ["images", "question"]),
     ("understand", signatures.Stream, ["inputs"]),
-    ("text_to_image", signatures.GenerateImage, ["inputs"]),
+    ("edit", signatures.GenerateImage, ["inputs"]),
     ("understand", signatures.GenerateText, ["inputs"]),
     ("text_to_image", signatures.DrawMany, ["prompt"]),
     ("edit", signatures.EditMany, ["images", "instruction"]),
     ("understand", signatures.AskMany, ["images", "question"]),
-    ("text_to_image", signatures.GenerateImages, ["batch"]),
+    ("edit", signatures.GenerateImages, ["batch"]),
     ("understand", signatures.GenerateTexts, ["batch"]),
 ]
 
@@ -316,7 +338,7 @@ def test_what_type_checkers_see_is_what_is_taken(task, typed, first):
         assert all("Sequence" in annotation for annotation in own)
 
 
-@pytest.mark.parametrize("tasks", ["text_to_image", "edit", "understand", "session", "text_to_image understand"])
+@pytest.mark.parametrize("tasks", [*TASKS, "text_to_image edit understand"])
 def test_signature_and_help_show_every_option_with_its_default(tasks):
     class Pipe:
         @takes(tasks, signatures.Draw, int)
@@ -345,6 +367,16 @@ def test_signature_and_help_show_every_option_with_its_default(tasks):
     method: Any = Pipe().method
     assert list(inspect.signature(method).parameters) == list(parameters)[1:]
     assert method("a", seed=1) == ("a", None, {"seed": 1})
+
+
+@pytest.mark.parametrize(
+    ("method", "task"),
+    [("write", "write"), ("stream", "write"), ("think", "think"), ("draw", "draw"), ("velocity", "velocity")],
+)
+def test_methods_of_a_session_show_the_options_of_their_tasks(method, task):
+    assert list(inspect.signature(getattr(Session, method)).parameters) == ["self", *names(TASKS[task][0])]
+    with pytest.raises(TypeError, match="there is no option 'sed'; did you mean 'seed'"):
+        getattr(Session, method)(Mock(_guided=dict), sed=1)
 
 
 # Schemas --------------------------------------------------------------------------------------------------------------
@@ -400,10 +432,10 @@ REFUSED = [
 
 @pytest.mark.parametrize("request_", REQUESTS, ids=str)
 def test_a_request_that_the_schema_holds_is_taken(request_):
-    properties = json_schema(DrawOptions)["properties"] | json_schema(ImageOptions)["properties"]
+    properties = json_schema(DrawOptions)["properties"] | json_schema(EditOptions)["properties"]
     for name, value in request_.items():
         assert_holds(properties[name], value)
-    assert make_options("text_to_image", request_).seed == request_.get("seed")
+    assert make_options("edit", request_).seed == request_.get("seed")
 
 
 @pytest.mark.parametrize("request_", REFUSED, ids=str)

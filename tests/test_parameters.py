@@ -260,3 +260,18 @@ def test_help_tells_meaning_need_and_default():
     assert "--corners FROM TO where it begins and ends (default: 0.0 1.0)" in told
     assert "--no-dry do not wait until it is dry" in told
     assert "--gloss GLOSS how much it shines --number" in told  # None is no default to tell
+
+
+def test_what_an_option_needs_counts_where_it_can_be_given():
+    @dataclass(frozen=True, kw_only=True)
+    class Coated(Parameters):
+        layers: int = option(1, "how many", needs="coated")
+
+    @dataclass(frozen=True, kw_only=True)
+    class Fence(Coated):
+        coated: bool = option(False, "whether there is a coat")
+
+    assert build(Coated, {"layers": 2}).layers == 2
+    assert [one.explained for one in options_of(Coated)] == ["how many"]
+    with pytest.raises(TypeError, match="'layers' has no effect without coated=True"):
+        build(Fence, {"layers": 2})

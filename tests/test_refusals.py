@@ -113,8 +113,8 @@ METHODS = [
     ("edit", ["images", "instruction"], ["edit"]),
     ("understand", ["images", "question"], ["understand"]),
     ("stream", ["inputs"], ["understand"]),
-    ("generate", ["inputs"], ["text_to_image", "understand"]),
-    ("generate_batch", ["batch"], ["text_to_image", "understand"]),
+    ("generate", ["inputs"], ["text_to_image", "edit", "understand"]),
+    ("generate_batch", ["batch"], ["text_to_image", "edit", "understand"]),
     ("session", [], ["session"]),
 ]
 

@@ -8,8 +8,10 @@ from conftest import assert_close, load_pipeline
 from PIL import Image
 
 from bagel import Session
+from bagel.generation import draw_all, read_all, write_all
 from bagel.generation.writing import Decoding
 from bagel.modeling import Branch, Context, Denoiser
+from bagel.options import EDIT, TEXT_TO_IMAGE, make_options
 from bagel.packing import Frames, LatentImage, Segment
 from bagel.sampling import TextSampling, flow_timesteps, integrate
 from bagel.sampling.flow import Euler
@@ -158,6 +160,28 @@ def test_an_image_after_the_text_drops_nothing_and_the_turn_drops_all_texts():
     assert tokens_of(session, drop="turn")["text_dropped"] == image
 
 
+def test_texts_without_images_keep_their_order_whatever_follows_a_plan():
+    session = PIPE.session().read(OTHER, "a")
+    plan = session.think(max_think_tokens=4)
+    session.read("a riddle")
+    kept = held_without_images(session, plan_in_image_dropped=True)
+    assert_close(kept, held_of("a", plan, "a riddle"))
+    assert_close(held_without_images(session), held_of("a", "a riddle"))
+    session.draw(**SMALL)
+    session.read("draw it")
+    assert_close(held_without_images(session), held_of("a", plan, "a riddle", "draw it"))
+
+
+def held_without_images(session: Session, **options) -> torch.Tensor:
+    velocity = session.velocity(height=32, width=48, cfg_img_scale=2.0, cfg_interval=(0.0, 1.0), **options)
+    denoiser, (names,) = velocity.guided.states.__self__, velocity.guided.branches
+    return denoiser.branches[names["image_dropped"]].context.held()[0]
+
+
+def held_of(*texts: str) -> torch.Tensor:
+    return PIPE.session().read(*texts).contexts.full.held()[0]
+
+
 @pytest.mark.parametrize(("pieces", "wanted"), [
     (("a", "draw it"), ("a", "no")),
     (("a", OTHER), ("no", OTHER)),  # the images of the turn are read again after it
@@ -277,3 +301,89 @@ def test_frames_are_denoised_as_a_group():
         found = PIPE.model.velocity(denoiser.states(x, t, (0,))[0])
         wanted = PIPE.model.velocity(PIPE.model(PIPE.processor.pack([[PIPE.processor.text("a riddle"), target]])).gen)
     assert_close(found, wanted)
+
+
+# Several at once, and what carries over -------------------------------------------------------------------------------
+
+
+def test_each_session_of_a_batch_remembers_its_own_answer_noise_and_negative_prompt():
+    sessions = [PIPE.session(seed=seed) for seed in (1, 2)]
+    twins = [PIPE.session(seed=seed) for seed in (1, 2)]
+    texts, noises = ("a riddle", "draw it"), [[torch.randn(16, 10, 8)] for _ in range(2)]
+    read_all(sessions, [[OTHER, text] for text in texts], posterior_noise=noises)
+    written = write_all(sessions, make_options("write", {"max_new_tokens": 4}))
+    read_all(sessions, [["a"], ["no"]])
+    drawn = draw_all(sessions, [make_options("draw", {**SMALL, "negative_prompt": n}) for n in ("be brief", "a")])
+    for twin, text, noise, last, negative, answer, image in zip(
+        twins, texts, noises, ("a", "no"), ("be brief", "a"), written, drawn, strict=True
+    ):
+        twin.read(OTHER, text, posterior_noise=noise)
+        assert twin.write(max_new_tokens=4).token_ids == answer.token_ids
+        options = {**TEXT_TO_IMAGE, **SMALL, "negative_prompt": negative}
+        assert_close(twin.read(last).draw(**options).latents, image.latents, relative=1e-4)
+
+
+def test_two_images_have_posterior_noise_of_their_own():
+    noises = [torch.randn(16, 10, 8, generator=torch.Generator().manual_seed(seed)) for seed in (1, 2)]
+    both = PIPE.session().read(OTHER, OTHER, posterior_noise=noises).contexts.turn
+    alone = [PIPE.session().read(OTHER, posterior_noise=[noise]).contexts.turn[0] for noise in noises]
+    assert torch.equal(both[0].segment.latents, alone[0].segment.latents)
+    assert torch.equal(both[2].segment.latents, alone[1].segment.latents)
+
+
+def test_the_last_image_sets_the_size_of_the_next_also_after_a_text():
+    session = PIPE.session(seed=1).read("a")
+    session.draw(**SMALL)
+    session.read("a riddle")
+    assert session.draw(num_timesteps=2).image.size == (48, 32)
+
+
+def test_a_second_drawing_is_guided_as_an_edit_and_has_no_plan_of_the_first():
+    session, twin = (PIPE.session(seed=1).read("a") for _ in range(2))
+    first = session.draw(think=True, max_think_tokens=3, **SMALL)
+    twin.draw(think=True, max_think_tokens=3, **SMALL)
+    second = session.draw(num_timesteps=3)
+    assert first.text
+    assert second.text is None
+    assert torch.equal(second.latents, twin.draw(num_timesteps=3, **EDIT).latents)
+
+
+def test_branches_of_one_length_are_not_taken_for_the_same():
+    session = PIPE.session().read("a")
+    velocity = session.velocity(height=32, width=48, negative_prompt="c", cfg_interval=(0.0, 1.0))
+    (names,) = velocity.guided.branches
+    assert names["full"] != names["text_dropped"]
+
+
+def test_what_sessions_that_draw_together_must_share_is_checked():
+    sessions = [PIPE.session().read("a") for _ in range(2)]
+    options = [make_options("draw", {**SMALL, "num_timesteps": n}) for n in (2, 9)]
+    with pytest.raises(ValueError, match="share num_timesteps, got 2 and others"):
+        draw_all(sessions, options)
+    with pytest.raises(ValueError, match="fork it"):
+        draw_all([sessions[0]] * 2, options[:1] * 2)
+
+
+# Streams --------------------------------------------------------------------------------------------------------------
+
+
+def test_an_answer_that_is_still_streamed_ends_where_the_session_goes_on():
+    session = PIPE.session().read("a riddle")
+    pieces = session.stream(max_new_tokens=20)
+    next(pieces)
+    length = session.read("a").contexts.full.length
+    pieces.close()
+    assert session.contexts.full.length == length
+    assert not session.state.unread
+    roles = [entry.role for entry in session.contexts.turn]
+    assert roles == ["text"], "the answer stands before the text, in the turn of before"
+
+
+def test_a_stream_that_fails_before_a_word_leaves_the_session_as_it_was():
+    session = PIPE.session().read("a riddle")
+    with pytest.raises(ZeroDivisionError):
+        list(session.stream(max_new_tokens=5, sampling=lambda logits, generators: 1 / 0))
+    assert not session.state.unread
+    assert (
+        session.write(max_new_tokens=5).token_ids == PIPE.session().read("a riddle").write(max_new_tokens=5).token_ids
+    )

@@ -21,9 +21,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     What goes wrong is one sentence on stderr; `--debug` raises it instead. As usual with argparse, help and mistyped
     options leave by SystemExit (0 and 2).
     """
-    for stream in (sys.stdout, sys.stderr):
+    for stream in (sys.stdin, sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="replace")  # a terminal that lacks a character is no reason to stop
+            stream.reconfigure(errors="replace")  # a character that is lacking, or a bad byte, is no reason to stop
     args = build_parser().parse_args(argv)
     try:
         _run(args)

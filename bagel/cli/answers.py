@@ -103,7 +103,7 @@ class Chat:
             max_new_tokens=options.text_limit, stop=options.stop, sampling=options.chooser
         )
         # Closed at once, so that what was said of a stopped answer is in the session.
-        with closing(answer):  # pyright: ignore[reportArgumentType] - it is a generator
+        with closing(answer):
             _print_pieces(answer)
 
 

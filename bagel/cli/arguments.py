@@ -56,7 +56,7 @@ in the chat:
   bagel evaluate --model demo --dtype bfloat16 --float8 --taylorseer --steps 50 --json lossy.json""",
     "demo": """examples:
   bagel demo
-  bagel demo --out pictures""",
+  bagel demo --out images""",
 }
 
 FOR_PIPELINE = "pipeline."
@@ -118,13 +118,15 @@ def _text_to_image(parser: ArgumentParser) -> None:
     parser.add_argument("prompts", metavar="PROMPT", nargs="*", help="what to draw; each prompt makes one image")
     parser.add_argument("--prompts-file", metavar="FILE", help="more prompts, one per line; - reads standard input")
     parser.add_argument("--batch-size", metavar="N", type=_positive, default=1, help="draw N at a time (default: 1)")
-    _image_options(parser, "text_to_image", without=("exif", "resize_once", "posterior"))
+    _image_options(parser, "text_to_image")
 
 
 def _edit(parser: ArgumentParser) -> None:
+    from bagel.options import Encoding, Seeing
+
     parser.add_argument("images", metavar="IMAGE", nargs="+", help="the image to edit; several are all shown, in order")
     parser.add_argument("--instruction", metavar="TEXT", required=True, help="what to change")
-    _image_options(parser, "edit")
+    _image_options(parser, "edit", Seeing, Encoding)
 
 
 def _understand(parser: ArgumentParser) -> None:
@@ -182,8 +184,8 @@ def _output(parser: ArgumentParser) -> None:
     parser.add_argument("--json", action="store_true", help="print one JSON object per image instead of its path")
 
 
-def _image_options(parser: ArgumentParser, task: str, *, without: Sequence[str] = ()) -> None:
-    from bagel.options import DEFAULTS, Drawing, Encoding, Planning, Reading, Shown
+def _image_options(parser: ArgumentParser, task: str, *seen: Any) -> None:
+    from bagel.options import DEFAULTS, Drawing, Planning, Reading, Shown
 
     _output(parser)
     group = parser.add_argument_group("the image")
@@ -191,19 +193,19 @@ def _image_options(parser: ArgumentParser, task: str, *, without: Sequence[str] 
     group.add_argument("--seed", metavar="N", type=int, help=f"{told} (default: random, kept in the PNG)")
     group.add_argument("--preset", metavar="NAME", help="a set of options: notebook, app, gedit, draft")
     # One text has one way to be dropped.
-    _options(group, Drawing, without=("drop", *without), defaults=DEFAULTS.get(task))
+    _options(group, Drawing, without=("drop",), defaults=DEFAULTS.get(task))
     _options(parser.add_argument_group("the plan"), Planning)
-    _options(parser.add_argument_group("reading"), Reading, Encoding, Shown, without=without)
+    _options(parser.add_argument_group("reading"), Reading, *seen, Shown)
     _model(parser)
 
 
 def _answer_options(parser: ArgumentParser) -> None:
-    from bagel.options import Reading, Shown, Thinking, Writing
+    from bagel.options import Reading, Seeing, Shown, Thinking, Writing
 
     parser.add_argument("--seed", metavar="N", type=int, help="for --do-sample (default: random)")
     parser.add_argument("--preset", metavar="NAME", help="a set of options: notebook, app, draft")
     _options(parser.add_argument_group("the text"), Thinking, Writing)
-    _options(parser.add_argument_group("reading"), Reading, Shown)
+    _options(parser.add_argument_group("reading"), Reading, Seeing, Shown)
     _model(parser)
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any
 
@@ -12,13 +12,13 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from bagel.generation import contexts as conversation
-from bagel.generation.contexts import Utterance
+from bagel.generation.contexts import Utterance, append_all
 from bagel.generation.drawing import decoded, start_noise, velocity_of
 from bagel.generation.reading import Input, check_inputs
 from bagel.generation.writing import Answer, Decoding, texts_of
 from bagel.memory import explain_out_of_memory
 from bagel.options import DrawOptions, Writing
+from bagel.parameters import options_of
 from bagel.results import ImageResult, TextResult
 from bagel.sampling import integrate
 
@@ -46,7 +46,10 @@ def working(sessions: Sequence[Session], doing: str) -> Iterator[None]:
 
 def shows_progress(wanted: bool) -> bool:
     """Whether a bar is wanted and somebody can see it: on a terminal or in a notebook."""
-    return wanted and ("ipykernel" in sys.modules or sys.stderr.isatty())
+    try:
+        return wanted and ("ipykernel" in sys.modules or sys.stderr.isatty())
+    except (AttributeError, ValueError):  # a service has no stderr, or a closed one
+        return False
 
 
 # Reading --------------------------------------------------------------------------------------------------------------
@@ -75,6 +78,9 @@ def read_all(
 
 def catch_up(sessions: Sequence[Session]) -> None:
     """Let each session read what it has still to read: its system prompt, what it wrote or drew last."""
+    for session in sessions:
+        if session.open_stream is not None:
+            session.end_stream()
     late = [session for session in sessions if session.state.unread or session.state.drawn]
     if late:
         _read(late, [session.take_unread() for session in late])
@@ -85,7 +91,7 @@ def _read(sessions: Sequence[Session], utterances: Sequence[Sequence[Utterance]]
     reading = [(session.state.contexts, own) for session, own in zip(sessions, utterances, strict=True)]
     for contexts, own in reading:  # at once, instead of growing with each
         contexts.full.reserve(sum(utterance.segment.length for utterance in own))
-    conversation.read_all(model, pack, reading)
+    append_all(model, pack, reading)
     for session, own in zip(sessions, utterances, strict=True):
         sizes = [utterance.size for utterance in own if utterance.size is not None]
         session.state.size = sizes[-1] if sizes else session.state.size
@@ -113,14 +119,14 @@ def write_all(sessions: Sequence[Session], options: Writing) -> list[TextResult]
 
 def plan_all(sessions: Sequence[Session], options: Any) -> None:
     """Let each session write a plan and read it again as an ordinary text; see `Session.think`."""
-    plans, _ = _written(sessions, options, desc="thinking")
-    with working(sessions, "reading a plan"):
+    with working(sessions, f"working on {len(sessions)} request(s)"):
+        plans, _ = _written(sessions, options, desc="thinking")
         _read(sessions, [[Utterance(s.processor.text(plan), "plan")] for s, plan in zip(sessions, plans, strict=True)])
     for session, plan in zip(sessions, plans, strict=True):
         session.state.plan = plan
 
 
-def stream(session: Session, options: Writing) -> Iterator[str]:
+def stream(session: Session, options: Writing) -> Generator[str]:
     """Yield an answer as it is decoded; see `Session.stream`."""
     answer = Answer()
     try:
@@ -137,7 +143,8 @@ def stream(session: Session, options: Writing) -> Iterator[str]:
             if pieces[0]:
                 yield pieces[0]
     finally:
-        hear(session, answer)
+        if answer.ids or answer.finish_reason:  # else nothing was said, or nothing could be
+            hear(session, answer)
 
 
 def hear(session: Session, answer: Answer) -> None:
@@ -178,8 +185,30 @@ def _decoding(sessions: Sequence[Session], options: Any) -> Decoding:
 # Drawing --------------------------------------------------------------------------------------------------------------
 
 
+def check_shared(sessions: Sequence[Session], options: Sequence[Any]) -> None:
+    """Check that sessions can share their evaluations.
+
+    Raises:
+        ValueError: a session that is named twice, sessions of several models, options that differ.
+    """
+    if len({id(session) for session in sessions}) < len(sessions):
+        raise ValueError("a session can draw one image at a time: fork it to draw several")
+    if any(session.model is not sessions[0].model for session in sessions):
+        raise ValueError("sessions that draw together must be of one model")
+    for one in options_of(type(options[0])):
+        values = [getattr(own, one.name) for own in options]
+        if one.per_item is None and any(value is not values[0] and value != values[0] for value in values):
+            raise ValueError(f"sessions that draw together share {one.name}, got {values[0]!r} and others")
+
+
 def draw_all(sessions: Sequence[Session], options: Sequence[DrawOptions]) -> list[ImageResult]:
-    """Let each session draw an image; see `Session.draw`. What is not a session's own they have in common."""
+    """Let each session draw an image; see `Session.draw`.
+
+    Raises:
+        ValueError: options that differ, but for those that each session may have of its own.
+    """
+    if len(sessions) > 1:
+        check_shared(sessions, options)
     shared, model, processor = options[0], sessions[0].model, sessions[0].processor
     vae = sessions[0].reader.drawing_vae()
     with working(sessions, f"working on {len(sessions)} request(s)"):
@@ -211,8 +240,11 @@ def draw_all(sessions: Sequence[Session], options: Sequence[DrawOptions]) -> lis
         drawn = [(z, decoded(vae, z)) for z in latents]
     for session, image in zip(sessions, drawn, strict=True):
         session.state.drawn, session.state.answered = image, True
-    # Cloned outside inference mode, so that the latents may take part in a gradient computation.
-    return [
-        ImageResult(image, session.state.plan, z.cpu().clone(), session.generator.initial_seed())
-        for session, (z, image) in zip(sessions, drawn, strict=True)
-    ]
+    with torch.inference_mode(False):  # so that the latents may take part in a gradient computation
+        results = [
+            ImageResult(image, session.state.plan, z.cpu().clone(), session.generator.initial_seed())
+            for session, (z, image) in zip(sessions, drawn, strict=True)
+        ]
+    for session in sessions:
+        session.state.plan = None  # it was that of this image
+    return results

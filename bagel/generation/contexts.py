@@ -7,6 +7,7 @@ for.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Literal
@@ -43,7 +44,8 @@ class Contexts:
         text_dropped: everything before the last text of the user; or everything, if an image came after that text.
         image_dropped: the texts without the images, but for those that are `behind`; None while nothing tells them from
             full.
-        behind: texts that image_dropped has still to read.
+        behind: texts that image_dropped has still to read, in order; among them the plan of this turn, which it gets
+            when the turn is over.
         turn: what has come since the model last answered or drew.
         has_images: whether an image is among them.
         eager: texts enter image_dropped in the pass in which full reads them, instead of when it is asked for.
@@ -52,7 +54,7 @@ class Contexts:
     full: Context
     text_dropped: Context
     image_dropped: Context | None = None
-    behind: list[Text] = field(default_factory=list)
+    behind: list[Utterance] = field(default_factory=list)
     turn: list[Utterance] = field(default_factory=list)
     has_images: bool = False
     eager: bool = True
@@ -77,22 +79,22 @@ class Contexts:
 
     def begin_turn(self) -> None:
         """Begin a turn: the plan of the last one is from now on a text like any other."""
-        self.behind += [entry.segment for entry in self.turn if entry.role == "plan"]  # pyright: ignore
+        self.behind = [replace(entry, role="answer") for entry in self.behind]
         self.turn = []
 
     def add(self, entry: Utterance) -> list[Context]:
         """Note an utterance, and return the contexts that are to read it."""
-        full, segment, role = self.full, entry.segment, entry.role
+        full, role = self.full, entry.role
         self.turn.append(replace(entry, length=full.length, position=full.position))
         if role == "text":
             self.text_dropped = full.fork()
         if self.image_dropped is None:
             self.image_dropped = full.fork() if role in ("image", "plan") else None
-        elif role not in ("image", "plan"):
-            if self.eager and not self.behind:
-                return [full, self.image_dropped]
-            assert isinstance(segment, Text)
-            self.behind.append(segment)
+        if self.image_dropped is None or role == "image":
+            return [full]
+        if role != "plan" and self.eager and not self.behind:
+            return [full, self.image_dropped]
+        self.behind.append(entry)
         return [full]
 
     def without_text(self, drop: str, negative: Text | None) -> tuple[Context, list[Segment]]:
@@ -120,7 +122,7 @@ class Contexts:
         """
         if self.image_dropped is None or (with_plan and not self.has_images):
             return self.full, []
-        return self.image_dropped, [e.segment for e in self.turn if with_plan and e.role == "plan"]
+        return self.image_dropped, [e.segment for e in self.behind if with_plan or e.role != "plan"]
 
 
 def extend(model: Bagel, pack: Pack, contexts: Sequence[Context], segments: Sequence[Segment]) -> None:
@@ -129,7 +131,7 @@ def extend(model: Bagel, pack: Pack, contexts: Sequence[Context], segments: Sequ
     model.prefill(packed.to(model.device), contexts, only_keys=True)
 
 
-def read_all(model: Bagel, pack: Pack, reading: Sequence[tuple[Contexts, Sequence[Utterance]]]) -> None:
+def append_all(model: Bagel, pack: Pack, reading: Sequence[tuple[Contexts, Sequence[Utterance]]]) -> None:
     """Append to each conversation's contexts its utterances in order, the k-th of all conversations in one pass."""
     for index in range(max((len(entries) for _, entries in reading), default=0)):
         present = [(contexts, entries[index]) for contexts, entries in reading if index < len(entries)]
@@ -151,9 +153,12 @@ def read_ahead(model: Bagel, pack: Pack, reading: Sequence[tuple[Context, Sequen
     return ahead
 
 
-def catch_up(model: Bagel, pack: Pack, conversations: Sequence[Contexts]) -> None:
-    """Let the image-dropped contexts of several conversations read the texts that they have still to read."""
-    late = [contexts for contexts in conversations if contexts.image_dropped is not None and contexts.behind]
-    ahead = read_ahead(model, pack, [(own.image_dropped or own.full, own.behind) for own in late])
-    for contexts, context in zip(late, ahead, strict=True):
-        contexts.image_dropped, contexts.behind = context, []
+def read_behind(model: Bagel, pack: Pack, conversations: Sequence[Contexts]) -> None:
+    """Let the image-dropped contexts of several conversations read what they have still to read, up to a plan."""
+    late = []
+    for own in conversations:
+        due = list(itertools.takewhile(lambda entry: entry.role != "plan", own.behind))
+        late += [(own, due)] if due else []
+    ahead = read_ahead(model, pack, [(own.image_dropped or own.full, [e.segment for e in due]) for own, due in late])
+    for (own, due), context in zip(late, ahead, strict=True):
+        own.image_dropped, own.behind = context, own.behind[len(due) :]

@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from bagel.generation.contexts import Contexts, catch_up, read_ahead
+from bagel.generation.contexts import Contexts, read_ahead, read_behind
 from bagel.image import to_image
 from bagel.modeling import Bagel, Branch, Context, Denoiser
 from bagel.packing import LatentImage, Text
@@ -37,7 +37,7 @@ def velocity_of(
         processor: that of the model.
         conversations: what each image is drawn from.
         sizes: of the images.
-        options: guidance, caching and times; see `bagel.options.Drawing`.
+        options: guidance, caching and times; see `bagel.options.VelocityOptions`.
         negatives: a text for each image that stands in the place of the dropped one, or None.
     """
     contexts = branch_contexts(model, processor, conversations, options, negatives)
@@ -68,7 +68,7 @@ def branch_contexts(
         dropped = [own.without_text(options.drop, text) for own, text in zip(conversations, negatives, strict=True)]
         found["text_dropped"] = read_ahead(model, pack, dropped)
     if "image_dropped" in wanted:
-        catch_up(model, pack, conversations)
+        read_behind(model, pack, conversations)
         dropped = [own.without_images(with_plan=options.plan_in_image_dropped) for own in conversations]
         found["image_dropped"] = read_ahead(model, pack, dropped)
     return found
@@ -80,8 +80,7 @@ def shared_branches(contexts: dict[str, list[Context]], images: int) -> tuple[li
     names: list[dict[str, int]] = [{} for _ in range(images)]
     for image, known in enumerate(names):
         for name, own in contexts.items():
-            held = (own[image].cache, own[image].length)
-            alike = [i for i in known.values() if held == (branches[i].context.cache, branches[i].context.length)]
+            alike = [index for index in known.values() if branches[index].context.same_as(own[image])]
             if not alike:
                 branches.append(Branch(image, own[image]))
             known[name] = alike[0] if alike else len(branches) - 1

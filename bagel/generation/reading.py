@@ -15,6 +15,7 @@ from bagel.config import MissingHalfError
 from bagel.generation.contexts import Utterance
 from bagel.image import PreparedImage, in_unit
 from bagel.modeling import Bagel
+from bagel.options import check_noise
 from bagel.parameters import described
 from bagel.processor import Processor
 from bagel.vae import Autoencoder
@@ -31,7 +32,7 @@ class Reader:
         model: who will read them.
         vae: its autoencoder, or None.
         processor: its rules.
-        options: how texts and images are read, see `bagel.options.Reading` and `Encoding`.
+        options: how texts and images are read, see `bagel.options.Reading`, `Seeing` and `Encoding`.
         draws: images are read as latents too, so that something can be drawn from them.
     """
 
@@ -60,11 +61,8 @@ class Reader:
         self, pieces: Sequence[Input], generator: torch.Generator, posterior_noise: Sequence[Tensor] | None
     ) -> list[Utterance]:
         """Return what pieces are read as; the posterior noise of images is drawn in order, unless it is given."""
-        count = sum(not isinstance(piece, str) for piece in pieces)
-        if posterior_noise is not None and len(posterior_noise) != count:
-            raise ValueError(
-                f"posterior_noise needs one tensor for each of {count} input images, got {len(posterior_noise)}"
-            )
+        if posterior_noise is not None:
+            self.check_noise(posterior_noise, images=sum(not isinstance(piece, str) for piece in pieces))
         found: list[Utterance] = []
         given = iter(enumerate(posterior_noise or ()))
         for piece in pieces:
@@ -75,6 +73,22 @@ class Reader:
                 prepared = self.processor.prepare(piece, exif=self.options.exif, once=self.options.resize_once)
                 found += self.image(prepared, generator, next(given, None))
         return found
+
+    def check_noise(self, given: Any, *, images: int) -> None:
+        """Check the posterior noise of so many images.
+
+        Raises:
+            TypeError: no list of floating-point tensors.
+            ValueError: another number of them, values that are not finite, or the mean is wanted.
+        """
+        if isinstance(given, str) or not isinstance(given, Sequence) or not all(isinstance(z, Tensor) for z in given):
+            raise TypeError(f"posterior_noise must be a list of tensors, got {described(given)}")
+        for i, noise in enumerate(given):
+            check_noise(f"posterior_noise[{i}]", noise)
+        if len(given) != images:
+            raise ValueError(f"posterior_noise needs one tensor for each of {images} input images, got {len(given)}")
+        if self.options.posterior == "mean":
+            raise ValueError('posterior_noise has no effect with posterior="mean": give one of them')
 
     def image(
         self, prepared: PreparedImage, generator: torch.Generator, noise: tuple[int, Tensor] | None = None

@@ -5,7 +5,11 @@ What a session writes or draws becomes part of it when it goes on; what ends wit
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import copy
+import inspect
+import operator
+import weakref
+from collections.abc import Generator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -19,10 +23,19 @@ from bagel.generation.drawing import Size, decoded, start_noise, velocity_of
 from bagel.generation.reading import Input, Reader
 from bagel.generation.writing import score
 from bagel.modeling import Bagel
-from bagel.options import EDIT, Drawing, SessionOptions, make_options
+from bagel.options import (
+    EDIT,
+    DrawOptions,
+    PlanOptions,
+    SessionOptions,
+    VelocityOptions,
+    Writing,
+    make_options,
+)
 from bagel.processor import Processor
 from bagel.results import ImageResult, TextResult
 from bagel.sampling import GuidedVelocity
+from bagel.signatures import takes
 from bagel.vae import Autoencoder
 
 
@@ -51,6 +64,33 @@ class State:
         return replace(self, contexts=self.contexts.fork(), unread=[*self.unread])
 
 
+class Velocity:
+    """The guided velocity of one image of a session: `velocity(x, t)`, x (n, P) float32, t the shifted time.
+
+    With a cache of evaluations it remembers what it was asked: one trajectory is all that it is good for.
+    """
+
+    def __init__(self, session: Session, guided: GuidedVelocity, size: Size) -> None:
+        self.session, self.guided, self.size = session, guided, size
+        self.shape = (guided.sizes[0], session.model.config.patch_latent_dim)
+
+    def __call__(self, x: Tensor, t: float) -> Tensor:
+        """Return v (n, P) float32 at x and t.
+
+        Raises:
+            ValueError: x of another shape, a time outside 0 to 1.
+        """
+        if tuple(x.shape) != self.shape or not 0 <= t <= 1:
+            raise ValueError(f"x must be {self.shape} and t lie in [0, 1], got {tuple(x.shape)} and {t}")
+        with working([self.session], "evaluating"):
+            v = self.guided(x.to(self.session.model.device), t)
+        return v.clone()
+
+    def noise(self) -> Tensor:
+        """Return start noise (n, P) float32 from the session's generator, on the model's device."""
+        return start_noise(self.session.processor, self.size, self.session.generator).to(self.session.model.device)
+
+
 class Session:
     """One conversation: its contexts, its random generator, and what it has still to read.
 
@@ -60,8 +100,8 @@ class Session:
         processor: its rules for texts and images.
         options: those of the whole session, see `bagel.options.SessionOptions`.
         system_prompt: comes first; by default that of the options.
-        draws: images are read as latents too, so that something can be drawn from them; by default where there is an
-            autoencoder.
+        draws: images are read as latents too, so that something can be drawn from them; by default as the options say,
+            where there is an autoencoder.
         drops_images: guidance will ask for the branch without images, so texts are read for it at once.
     """
 
@@ -79,13 +119,17 @@ class Session:
         self.options = SessionOptions() if options is None else options
         self.system_prompt = self.options.system_prompt if system_prompt is None else system_prompt
         self.model, self.processor = model, processor
-        self.reader = Reader(model, vae, processor, self.options, vae is not None if draws is None else draws)
+        if draws is None:
+            draws = vae is not None and getattr(self.options, "draws", True)
+        self.reader = Reader(model, vae, processor, self.options, bool(draws))
         self.generator = self.options.new_generator()
         self.drops_images = drops_images and self.reader.draws
+        self.open_stream: weakref.ref[Generator[str]] | None = None
         self.reset()
 
     def reset(self) -> None:
         """Forget everything that was read, written and drawn, and free its memory; the generator goes on."""
+        self.end_stream()
         system = self.system_prompt
         unread = [] if system is None else [Utterance(self.processor.text(system), "system")]
         self.state = State(Contexts.empty(self.model, eager=self.drops_images), unread)
@@ -103,8 +147,8 @@ class Session:
 
     def fork(self) -> Session:
         """Return a session that has read the same and goes its own way from here, its generator too."""
-        other = object.__new__(Session)
-        other.__dict__.update(self.__dict__)
+        self.end_stream()
+        other = copy.copy(self)
         other.state = self.state.fork()
         other.generator = torch.Generator(self.generator.device)
         other.generator.set_state(self.generator.get_state())
@@ -126,11 +170,12 @@ class Session:
         read_all([self], [pieces], posterior_noise=[posterior_noise])
         return self
 
+    @takes("write", Writing, TextResult)
     def write(self, **options: Any) -> TextResult:
         """Write an answer, which becomes part of the session.
 
         Args:
-            options: see `bagel.options.Writing`.
+            options: by name, below.
 
         Raises:
             TypeError: an option that does not exist or has no effect.
@@ -139,31 +184,37 @@ class Session:
         """
         return write_all([self], make_options("write", options))[0]
 
-    def stream(self, **options: Any) -> Iterator[str]:
+    @takes("write", Writing, Generator[str])
+    def stream(self, **options: Any) -> Generator[str]:
         """Yield an answer as it is decoded, in whole characters; what was yielded becomes part of the session.
 
         Args:
-            options: see `bagel.options.Writing`; they are checked at once, errors are those of `write`.
+            options: by name, below; they are checked at once, errors are those of `write`.
         """
-        return stream(self, make_options("write", options))
+        self.end_stream()
+        found = stream(self, make_options("write", options))
+        self.open_stream = weakref.ref(found)
+        return found
 
+    @takes("think", PlanOptions, str)
     def think(self, **options: Any) -> str:
         """Write a plan for what is drawn next, and return it; it is read again as an ordinary text.
 
         Args:
-            options: `max_think_tokens`, and how tokens are chosen: see `bagel.options.Planning`.
+            options: by name, below.
         """
-        plan_all([self], make_options("draw", {**options, "think": True}))
+        plan_all([self], make_options("think", options))
         assert self.state.plan is not None
         return self.state.plan
 
+    @takes("draw", DrawOptions, ImageResult)
     def draw(self, **options: Any) -> ImageResult:
         """Draw an image, which becomes part of the session.
 
         Guidance has the defaults of an edit where the session holds images, else those of drawing from a text.
 
         Args:
-            options: see `bagel.options.DrawOptions`; with `think` a plan is written first.
+            options: by name, below; with `think` a plan is written first.
 
         Raises:
             TypeError: an option that does not exist or has no effect.
@@ -191,6 +242,13 @@ class Session:
 
     # What `bagel.generation.batches` asks of each ------------------------------------------------------------------
 
+    def end_stream(self) -> None:
+        """End an answer that is still being streamed where it stands, so that it stands before what comes next."""
+        found = None if self.open_stream is None else self.open_stream()
+        if found is not None and inspect.getgeneratorstate(found) != inspect.GEN_RUNNING:  # it may be what asks
+            found.close()
+            self.open_stream = None
+
     def begin_turn(self) -> None:
         """Begin a turn if the model spoke last."""
         if self.state.answered:
@@ -205,7 +263,7 @@ class Session:
         state.unread, state.drawn = [], None
         return found
 
-    def size_of(self, options: Drawing) -> Size:
+    def size_of(self, options: VelocityOptions) -> Size:
         """Return the (height, width) to draw: as asked, else the last image's, else a square as large as was trained.
 
         Raises:
@@ -222,13 +280,14 @@ class Session:
 
     # For research ---------------------------------------------------------------------------------------------------
 
+    @takes("velocity", VelocityOptions, Velocity)
     def velocity(self, **options: Any) -> Velocity:
         """Return the velocity of an image, a function of x (n, P) float32 and the time; nothing is drawn yet.
 
         Args:
-            options: as for `draw`; a plan, a solver and an observer have no part in it.
+            options: by name, below; their defaults are found as for `draw`.
         """
-        chosen = make_options("draw", self._guided(options))
+        chosen = make_options("velocity", self._guided(options))
         with working([self], "preparing to draw"):
             catch_up([self])
             size = self.size_of(chosen)
@@ -237,30 +296,20 @@ class Session:
             guided = velocity_of(self.model, self.processor, [self.contexts], [size], chosen, [negative])
         return Velocity(self, guided, size)
 
-    def encode(self, image: Image.Image) -> Tensor:
-        """Return the latent tokens (n, P) float32 of an image, in the size of `Processor.prepare`."""
+    def encode(self, image: Image.Image) -> tuple[Tensor, Size]:
+        """Return the latent tokens (n, P) float32 of an image, and the (height, width) that it was resized to."""
         with working([self], "encoding"):
-            latents = self.reader.encoded(self.processor.pixels(image), self.generator)
-            return self.processor.latents(latents).latents.float()
+            pixels = self.processor.pixels(image, exif=self.options.exif)
+            tokens = self.processor.latents(self.reader.encoded(pixels, self.generator)).latents.float()
+        return tokens.clone(), (pixels.shape[1], pixels.shape[2])
 
     def decode(self, x: Tensor, height: int, width: int) -> Image.Image:
-        """Return the image of latent tokens x (n, P); height and width in pixels."""
+        """Return the image of latent tokens x (n, P); height and width in pixels.
+
+        Raises:
+            ValueError: a side that no image can have, or another number of tokens.
+        """
+        height, width = operator.index(height), operator.index(width)
+        self.processor.check_size(height, width)
         with working([self], "decoding"):
             return decoded(self.reader.drawing_vae(), self.processor.image(x, height, width).to(self.model.device))
-
-
-class Velocity:
-    """The guided velocity of one image of a session: `velocity(x, t)`, x (n, P) float32, t the shifted time."""
-
-    def __init__(self, session: Session, guided: GuidedVelocity, size: Size) -> None:
-        self.session, self.guided, self.size = session, guided, size
-
-    def __call__(self, x: Tensor, t: float) -> Tensor:
-        """Return v (n, P) float32 at x and t."""
-        with working([self.session], "evaluating"):
-            v = self.guided(x.to(self.session.model.device), t)
-        return v.clone()
-
-    def noise(self) -> Tensor:
-        """Return start noise (n, P) float32 from the session's generator, on the model's device."""
-        return start_noise(self.session.processor, self.size, self.session.generator).to(self.session.model.device)

@@ -11,6 +11,8 @@ from torch import Tensor
 
 from bagel.modeling import Bagel, Context
 from bagel.modeling.decoding import give_back, take_step
+from bagel.parameters import described
+from bagel.sampling import TextSampling
 from bagel.tokenizer import TextStream, Tokenizer
 
 LOOK_EVERY = 8
@@ -76,7 +78,7 @@ class Decoding:
         self.draws = not getattr(chooser, "greedy", False)
         self.at_a_time = look_every or (1 if model.device.type == "cpu" else LOOK_EVERY)
         self.answers = [Answer() for _ in contexts]
-        self.vocab_size = 0
+        self.left, self.vocab_size = limit, 0
 
     @torch.inference_mode()
     def rounds(self) -> Iterator[list[Answer]]:
@@ -99,7 +101,7 @@ class Decoding:
         """Decode all texts by a graph, which goes on with every text until all are finished."""
         everyone, ids = list(range(len(self.answers))), self._first_ids()
         while not self._finished():
-            ids = self._round(lambda ids: step(ids), ids, everyone)
+            ids = self._round(step, ids, everyone)
             yield self.answers
 
     def _plain_rounds(self) -> Iterator[list[Answer]]:
@@ -116,7 +118,6 @@ class Decoding:
                 ids, active = ids[places], [active[place] for place in places]
 
     def _first_ids(self) -> Tensor:
-        self.left = self.limit
         return torch.full((len(self.answers),), self.tokenizer.bos_id, device=self.model.device)
 
     def _finished(self) -> bool:
@@ -133,7 +134,7 @@ class Decoding:
         rows, found, states = [], [], []
         for _ in range(count):
             logits = logits_of(ids)
-            ids, self.vocab_size = self.chooser(logits, generators), logits.shape[-1]
+            ids, self.vocab_size = self._chosen(logits, generators), logits.shape[-1]
             rows.append(ids)
             if self.logprobs:
                 found.append(logits.log_softmax(-1).gather(-1, ids[:, None])[:, 0])
@@ -144,6 +145,18 @@ class Decoding:
             if not self.answers[i].finish_reason:
                 self._take(i, [row[place] for row in tokens], [row[place] for row in logprobs], states, place)
         return ids
+
+    def _chosen(self, logits: Tensor, generators: Sequence[torch.Generator]) -> Tensor:
+        """Return the next ids (B,); those of somebody's own chooser are looked at first."""
+        ids = self.chooser(logits, generators)
+        if isinstance(self.chooser, TextSampling):
+            return ids
+        whole = isinstance(ids, Tensor) and ids.dtype in (torch.int32, torch.int64) and ids.shape == logits.shape[:1]
+        if not whole:
+            raise TypeError(f"sampling must return token ids {tuple(logits.shape[:1])}, got {described(ids)}")
+        if ids.device.type == "cpu" and not bool(((ids >= 0) & (ids < logits.shape[-1])).all()):
+            raise ValueError(f"sampling must return ids between 0 and {logits.shape[-1] - 1}, got {ids.tolist()}")
+        return ids.long()
 
     def _take(self, i: int, tokens: list[int], logprobs: list[float], states: list[list[Tensor]], place: int) -> None:
         """Take one text's new tokens, and wind its generator back to where the text ended."""

@@ -10,9 +10,9 @@ import triton.language as tl
 from torch import Tensor
 
 TILE = 4096
-"""Values of a picture that a program holds at once, in all channels of some pixels."""
+"""Values of an image that a program holds at once, in all channels of some pixels."""
 CHUNKS = 512
-"""Parts of a picture that are summed by themselves, at most: a few for each processor of a large GPU."""
+"""Parts of an image that are summed by themselves, at most: a few for each processor of a large GPU."""
 
 
 def group_norm_silu(
@@ -56,19 +56,19 @@ def group_norm_silu(
 
 @triton.jit
 def _sums(x, partial, pixels, channels, each, WIDE: tl.constexpr, ROWS: tl.constexpr):
-    chunk, picture = tl.program_id(0), tl.program_id(1).to(tl.int64)
+    chunk, image = tl.program_id(0), tl.program_id(1).to(tl.int64)
     channel = tl.arange(0, WIDE)
     inside = channel < channels
     sums, squares = tl.zeros((ROWS, WIDE), tl.float32), tl.zeros((ROWS, WIDE), tl.float32)
-    first = tl.load(x + picture * pixels * channels + channel, mask=inside, other=0.0).to(tl.float32)[None, :]
+    first = tl.load(x + image * pixels * channels + channel, mask=inside, other=0.0).to(tl.float32)[None, :]
     for start in range(0, each, ROWS):
         pixel = chunk * each + start + tl.arange(0, ROWS)
-        at = (picture * pixels + pixel)[:, None] * channels + channel[None, :]
+        at = (image * pixels + pixel)[:, None] * channels + channel[None, :]
         here = (pixel < pixels)[:, None] & inside[None, :]
         values = tl.where(here, tl.load(x + at, mask=here, other=0.0).to(tl.float32) - first, 0.0)
         sums += values
         squares += values * values
-    to = partial + (picture * tl.num_programs(0) + chunk) * 2 * channels + channel
+    to = partial + (image * tl.num_programs(0) + chunk) * 2 * channels + channel
     tl.store(to, tl.sum(sums, axis=0), mask=inside)
     tl.store(to + channels, tl.sum(squares, axis=0), mask=inside)
 
@@ -78,18 +78,18 @@ def _scales(
     x, plus, partial, weight, bias, scale, shift, pixels, channels, chunks, eps,
     EACH: tl.constexpr, WIDE: tl.constexpr, BLOCK: tl.constexpr, ADDS: tl.constexpr,
 ):  # fmt: skip
-    group, picture, lane = tl.program_id(0), tl.program_id(1).to(tl.int64), tl.arange(0, WIDE)
+    group, image, lane = tl.program_id(0), tl.program_id(1).to(tl.int64), tl.arange(0, WIDE)
     inside, channel = lane < EACH, group * EACH + lane
     sums, squares = tl.zeros((BLOCK, WIDE), tl.float32), tl.zeros((BLOCK, WIDE), tl.float32)
     for start in range(0, chunks, BLOCK):
         chunk = start + tl.arange(0, BLOCK)
-        at = partial + (picture * chunks + chunk)[:, None] * 2 * channels + channel[None, :]
+        at = partial + (image * chunks + chunk)[:, None] * 2 * channels + channel[None, :]
         here = (chunk < chunks)[:, None] & inside[None, :]
         sums += tl.load(at, mask=here, other=0.0)
         squares += tl.load(at + channels, mask=here, other=0.0)
     # Of what differs from each channel's first pixel: a mean far larger than the spread would leave nothing of it.
     far, square = tl.sum(sums, axis=0) / pixels, tl.sum(squares, axis=0) / pixels
-    means = tl.load(x + picture * pixels * channels + channel, mask=inside, other=0.0).to(tl.float32) + far
+    means = tl.load(x + image * pixels * channels + channel, mask=inside, other=0.0).to(tl.float32) + far
     added = tl.zeros((WIDE,), tl.float32)
     if ADDS:
         added = tl.load(plus + channel, mask=inside, other=0.0).to(tl.float32)
@@ -97,7 +97,7 @@ def _scales(
     mean = tl.sum(means, axis=0) / EACH
     spread = tl.maximum(square - far * far, 0.0) + (means - mean) * (means - mean)
     variance = tl.sum(tl.where(inside, spread, 0.0), axis=0) / EACH
-    to, by = picture * channels + channel, tl.rsqrt(variance + eps)
+    to, by = image * channels + channel, tl.rsqrt(variance + eps)
     by = by * tl.load(weight + channel, mask=inside, other=0.0).to(tl.float32)
     tl.store(scale + to, by, mask=inside)
     offset = tl.load(bias + channel, mask=inside, other=0.0).to(tl.float32)
@@ -106,14 +106,14 @@ def _scales(
 
 @triton.jit
 def _scaled(x, scale, shift, out, pixels, channels, WIDE: tl.constexpr, ROWS: tl.constexpr):
-    picture = tl.program_id(1).to(tl.int64)
+    image = tl.program_id(1).to(tl.int64)
     pixel, channel = tl.program_id(0) * ROWS + tl.arange(0, ROWS), tl.arange(0, WIDE)
     inside = channel < channels
     here = (pixel < pixels)[:, None] & inside[None, :]
-    at = (picture * pixels + pixel)[:, None] * channels + channel[None, :]
+    at = (image * pixels + pixel)[:, None] * channels + channel[None, :]
     values = tl.load(x + at, mask=here, other=0.0).to(tl.float32)
-    values = values * tl.load(scale + picture * channels + channel, mask=inside)[None, :]
-    values = values + tl.load(shift + picture * channels + channel, mask=inside)[None, :]
+    values = values * tl.load(scale + image * channels + channel, mask=inside)[None, :]
+    values = values + tl.load(shift + image * channels + channel, mask=inside)[None, :]
     values = values * tl.sigmoid(values)
     tl.store(out + at, values.to(out.dtype.element_ty), mask=here)
 
@@ -155,7 +155,7 @@ def _doubled(x, out, pixels, width, channels, WIDE: tl.constexpr, ROWS: tl.const
     channel = tl.arange(0, WIDE)
     here = (pixel < pixels)[:, None] & (channel < channels)[None, :]
     values = tl.load(x + pixel[:, None] * channels + channel[None, :], mask=here)
-    row, column = pixel // width, pixel % width  # rows of all pictures are counted on
+    row, column = pixel // width, pixel % width  # rows of all images are counted on
     first = (4 * row * width + 2 * column)[:, None] * channels + channel[None, :]
     tl.store(out + first, values, mask=here)
     tl.store(out + first + channels, values, mask=here)

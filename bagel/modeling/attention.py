@@ -126,7 +126,7 @@ class SampleBySample:
         splits = self.layout.samples[index].splits
         if len(splits) <= 1:
             causal = any(split.attention == "causal" for split in splits)
-            if not causal or self.attention.aligns_right or queries.shape[0] in (1, keys.shape[0]):
+            if not causal or getattr(self.attention, "aligns_right", True) or queries.shape[0] in (1, keys.shape[0]):
                 return causal, None
         if index not in self.masks:  # made once, not once per layer; everything sees the whole context
             count, context = queries.shape[0], keys.shape[0] - queries.shape[0]

@@ -80,7 +80,7 @@ class Bagel(nn.Module):
     def new_context(self) -> Context:
         """Return an empty context; its cache grows as it is extended, see `Context.reserve`."""
         weight = next(self.decoder.parameters())
-        return Context(KVCache(self.config.llm_config, device=weight.device, dtype=weight.dtype))
+        return Context(KVCache.empty(self.config.llm_config, device=weight.device, dtype=weight.dtype))
 
     # What enters ------------------------------------------------------------------------------------------------------
 

@@ -27,16 +27,19 @@ class KVCache:
     """Keys and values of one sequence: two tensors (layers, headroom + capacity, Hkv, D).
 
     Args:
-        config: sizes of the decoder.
-        device, dtype: of the buffers, those of the model.
+        keys, values: what it holds at first.
     """
 
-    def __init__(self, config: DecoderConfig, *, device: torch.device | str, dtype: torch.dtype) -> None:
-        shape = (config.num_hidden_layers, 0, config.num_key_value_heads, config.head_dim)
-        self.keys = torch.empty(shape, device=device, dtype=dtype)
-        self.values = torch.empty(shape, device=device, dtype=dtype)
+    def __init__(self, keys: Tensor, values: Tensor) -> None:
+        self.keys, self.values = keys, values
         self.headroom = 0
         self.views: WeakSet[Context] = WeakSet()
+
+    @classmethod
+    def empty(cls, config: DecoderConfig, *, device: torch.device | str, dtype: torch.dtype) -> KVCache:
+        """Return a cache that holds nothing yet, for a decoder of these sizes."""
+        shape = (config.num_hidden_layers, 0, config.num_key_value_heads, config.head_dim)
+        return cls(*(torch.empty(shape, device=device, dtype=dtype) for _ in range(2)))
 
     @property
     def capacity(self) -> int:
@@ -45,7 +48,7 @@ class KVCache:
 
     def reserve(self, *, tokens: int = 0, headroom: int = 0) -> None:
         """Make room for `tokens` in all and a headroom block; whatever is held stays, and moves if it has to."""
-        capacity = self.keys.shape[1] - self.headroom
+        capacity = self.capacity
         if tokens <= capacity and headroom <= self.headroom:
             return
         if tokens > capacity:
@@ -104,18 +107,18 @@ class Context:
         self.length += tokens
         self.position = position
 
-    def _follows(self, tokens: int, *, keeps: bool) -> bool:
+    def _make_room(self, tokens: int, *, keeps: bool) -> bool:
         """Make room for a block, and return whether it has to stand before the context instead of behind it."""
         followed = any(view.length > self.length for view in self.cache.views)
         if followed and not keeps:
             self.cache.reserve(headroom=tokens)
             return True
         if followed:  # go on in a cache of its own, which no other view reaches into
-            old, self.cache = self.cache, object.__new__(KVCache)
-            own = slice(old.headroom, old.headroom + self.length)
-            self.cache.views = WeakSet([self])
-            self.cache._hold(old.keys[:, own], old.values[:, own], 0, max(self.length + tokens, SMALLEST))
-            old.views.discard(self)
+            keys, values = self.held()
+            self.cache.views.discard(self)
+            self.cache = KVCache(keys, values)
+            self.cache._hold(keys, values, 0, max(self.length + tokens, SMALLEST))
+            self.cache.views.add(self)
         self.cache.reserve(tokens=self.length + tokens)
         return False
 
@@ -125,7 +128,7 @@ def claim_all(contexts: Sequence[Context], lengths: Sequence[int], *, keeps: boo
     blocks = list(zip(contexts, lengths, strict=True))
     taken: list[Context | None] = []
     for context, tokens in blocks:  # room for all before any is placed: what is claimed does not move with a cache
-        before = context._follows(tokens, keeps=keeps)
+        before = context._make_room(tokens, keeps=keeps)
         taken.append(None if before else Context(context.cache, length=context.length + tokens))
     claims = []
     for (context, tokens), view in zip(blocks, taken, strict=True):

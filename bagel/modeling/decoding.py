@@ -109,7 +109,7 @@ def take_step(model: Bagel, texts: int, tokens: int) -> DecodeStep | None:
     The last one is kept by the model (`give_back`): making one takes a tenth of a second, and its caches take memory.
     """
     step, model.graphs.decode_step = model.graphs.decode_step, None
-    if not model.attention.has_step or not can_capture(model.decoder):
+    if not getattr(model.attention, "has_step", False) or not can_capture(model.decoder):
         return None
     if step is not None and step.fits(model, texts, tokens):
         return step

@@ -34,10 +34,7 @@ class Text:
         """Tokens of the segment."""
         return self.ids.shape[0]
 
-    @property
-    def advance(self) -> int:
-        """Rotary positions that the segment takes."""
-        return self.ids.shape[0]
+    advance = length  # a rotary position per token
 
     def runs(self) -> tuple[Part, ...]:
         """Return the runs of tokens that are alike, in order."""

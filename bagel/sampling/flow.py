@@ -20,6 +20,7 @@ Velocity = Callable[[Tensor, float], Tensor]
 class Solver(Protocol):
     """Whatever takes one step of the flow; any such function will do.
 
+    The model was trained at times above 0: a step to next_t = 0 is better taken without an evaluation there.
     A solver that remembers something from step to step has a method `start()`, called once per generation, which
     returns the object or function that takes its steps.
     """
@@ -154,7 +155,9 @@ def checked(what: str, value: Any, *, like: Tensor) -> Tensor:
     Raises:
         TypeError: it is no tensor of the shape of `like`.
     """
-    if not isinstance(value, Tensor) or value.shape != like.shape:
-        got = f"shape {tuple(value.shape)}" if isinstance(value, Tensor) else described(value)
+    if not isinstance(value, Tensor) or value.shape != like.shape or not value.is_floating_point():
+        got = described(value)
+        if isinstance(value, Tensor):
+            got = f"shape {tuple(value.shape)}" + ("" if value.is_floating_point() else f" of {value.dtype}")
         raise TypeError(f"{what} must return a tensor of shape {tuple(like.shape)}, got {got}")
-    return value
+    return value.to(like)

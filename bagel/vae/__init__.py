@@ -1,4 +1,4 @@
-"""The autoencoder of FLUX.1: pictures to latents eight times smaller along each side, and back."""
+"""The autoencoder of FLUX.1: images to latents eight times smaller along each side, and back."""
 
 from __future__ import annotations
 

@@ -11,9 +11,9 @@ from bagel.vae.blocks import DownLevel, Middle, UpLevel, group_norm
 
 
 class Autoencoder(nn.Module):
-    """Turn pictures into scaled latents and back; the latents' scale and shift live in here and nowhere else.
+    """Turn images into scaled latents and back; the latents' scale and shift live in here and nowhere else.
 
-    Letters in shapes: B pictures, Z = `config.z_channels` (16), h = H/8 and w = W/8 (`config.downsample`).
+    Letters in shapes: B images, Z = `config.z_channels` (16), h = H/8 and w = W/8 (`config.downsample`).
     Pixels are in [-1, 1], channels first.
     """
 
@@ -34,7 +34,7 @@ class Autoencoder(nn.Module):
         if pixels.ndim != 4 or pixels.shape[1] != channels or pixels.shape[2] % stride or pixels.shape[3] % stride:
             raise ValueError(
                 f"pixels must have shape (B, {channels}, H, W) with H and W multiples of {stride}, "
-                f"got {tuple(pixels.shape)}; resize the picture first"
+                f"got {tuple(pixels.shape)}; resize the image first"
             )
         mean, logvar = self.encoder(pixels.to(next(self.encoder.parameters()).dtype)).chunk(2, dim=1)
         return mean, logvar

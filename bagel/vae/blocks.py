@@ -1,7 +1,7 @@
 """Building blocks of the autoencoder; attribute names are the keys of `ae.safetensors`.
 
 With torch's operations every block keeps the memory format it is given, so that channels-last weights and inputs stay
-so; kernels return channels-last pictures.
+so; kernels return channels-last images.
 """
 
 from __future__ import annotations
@@ -80,7 +80,7 @@ class Downsample(nn.Module):
         self.conv = nn.Conv2d(channels, channels, 3, stride=2)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Return the smaller picture; padded on the right and at the bottom only, as the weights were trained."""
+        """Return the smaller image; padded on the right and at the bottom only, as the weights were trained."""
         return self.conv(F.pad(x, (0, 1, 0, 1)))
 
 
@@ -92,7 +92,7 @@ class Upsample(nn.Module):
         self.conv = nn.Conv2d(channels, channels, 3, padding=1)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Return the larger picture: each pixel four times, then a convolution."""
+        """Return the larger image: each pixel four times, then a convolution."""
         return self.conv(doubled(x))
 
 

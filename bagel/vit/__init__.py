@@ -1,4 +1,4 @@
-"""The vision encoder: SigLIP (arXiv 2303.15343) over packed pictures of any size (arXiv 2307.06304)."""
+"""The vision encoder: SigLIP (arXiv 2303.15343) over packed images of any size (arXiv 2307.06304)."""
 
 from __future__ import annotations
 

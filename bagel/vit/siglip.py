@@ -42,7 +42,7 @@ class SiglipViT(nn.Module):
         patches: (N, patch_dim), pixels in [-1, 1], each patch flattened as (row, column, channel); cast to the
             weights' type.
         position_ids: (N,) integers, `row * num_patches_per_side + column`, in [0, num_patches_per_side**2).
-        lengths: patches of each picture, in order; host integers, so that no device has to be waited for.
+        lengths: patches of each image, in order; host integers, so that no device has to be waited for.
 
         Raises ValueError if these shapes contradict each other.
         """
@@ -75,7 +75,7 @@ class SiglipViT(nn.Module):
 
 
 class SiglipLayer(nn.Module):
-    """One pre-norm transformer layer: attention within each picture, then the MLP."""
+    """One pre-norm transformer layer: attention within each image, then the MLP."""
 
     def __init__(self, config: ViTConfig):
         super().__init__()

@@ -10,14 +10,14 @@ INSTALL = $(VENV)/bin/python -m pip --disable-pip-version-check install --quiet 
 .PHONY: help demo test lint clean
 
 help:
-	@echo "make demo   run all tasks on a small built-in model and leave pictures in $(OUT)/"
+	@echo "make demo   run all tasks on a small built-in model and leave images in $(OUT)/"
 	@echo "make test   run the tests"
 	@echo "make lint   check style and types"
 	@echo "make clean  remove the virtual environment $(VENV)"
 
 demo: $(VENV)/.runtime
 	$(VENV)/bin/bagel demo --out "$(OUT)"
-	@echo "The pictures are in $(OUT)/; start with the contact sheet."
+	@echo "The images are in $(OUT)/; start with the contact sheet."
 
 # One thread a worker: several pools of threads on the same cores wait for each other.
 test: $(VENV)/.dev

@@ -61,5 +61,6 @@ def _kernels(gpu: int) -> ModuleType | None:
 
 def is_watched(module: nn.Module) -> bool:
     """Whether hooks see what enters or leaves a module when it is called, or its `forward` was replaced."""
-    hooks = module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
-    return bool(hooks) or "forward" in module.__dict__
+    own = module.__dict__  # read at once: this is asked a thousand times per image
+    hooks = own["_forward_hooks"] or own["_forward_pre_hooks"] or own["_backward_hooks"] or own["_backward_pre_hooks"]
+    return bool(hooks) or "forward" in own

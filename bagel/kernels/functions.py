@@ -39,6 +39,13 @@ class Rows(NamedTuple):
     dtype: torch.dtype
 
 
+NORMS = {
+    (False, False): "rms_norm",
+    (True, False): "add_rms_norm",
+    (False, True): "rms_norm_round",
+    (True, True): "add_rms_norm_round",
+}
+"""Kernels of the norm, by whether they add, and whether they round."""
 FLOAT16 = Rounding(torch.float16, largest=1.0, tiny=1.0)
 """For products that exceed float16's 65504: rows are scaled into [-1, 1], smaller ones stay as they are."""
 
@@ -58,10 +65,10 @@ def rms_norm(
         add: of the shape of x; nothing by default.
         rounding: return the norm as `Rows` where the same kernel can round it; more than one row only.
     """
-    alike = x.dtype == weight.dtype and (add is None or add.dtype == x.dtype)
     rounds = rounding is not None and x.shape[0] > 1
-    name = f"{'' if add is None else 'add_'}rms_norm{'_round' if rounds else ''}"
-    if alike and (kernel := choice.find(name, x)):
+    name = NORMS[add is not None, rounds]
+    kernel = choice.find(name, x)
+    if kernel and x.dtype == weight.dtype and (add is None or add.dtype == x.dtype):
         given = (x,) if add is None else (x, add)
         found = kernel(*given, weight, eps=eps, **(rounding._asdict() if rounding and rounds else {}))
         total, *normed = (x, *(found if rounds else (found,))) if add is None else found

@@ -66,7 +66,8 @@ Float32Linear.contract = Float32Linear
 
 def is_own(module: nn.Module | None) -> bool:
     """Whether a module is of a class of this library itself, with nothing that sees or changes its calls."""
-    return getattr(type(module), "contract", None) is type(module) and not is_watched(module)  # pyright: ignore
+    kind = type(module)
+    return getattr(kind, "contract", None) is kind and not is_watched(module)  # pyright: ignore[reportArgumentType]
 
 
 def takes(linear: Any) -> Rounding | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal, NamedTuple
@@ -115,6 +116,7 @@ class Layout:
     _samples: tuple[SampleRows, ...] | None = field(default=None, init=False, repr=False, compare=False)
 
     @classmethod
+    @functools.cache
     def of_tokens(cls, count: int) -> Layout:
         """Return the layout of one new text token for each of `count` samples."""
         return cls(tuple((TEXT, 1, sample, 0, 0) for sample in range(count)), (1,) * count)

@@ -113,21 +113,31 @@ def integrate(
     step = solver.start() if hasattr(solver, "start") else solver  # pyright: ignore[reportAttributeAccessIssue]
     x = noise
     for index, (t, next_t) in enumerate(watch(list(itertools.pairwise(times)))):
-        if on_step is None:
-            x = checked("the solver", step(velocity, x, t, next_t), like=x)
-            continue
-        seen = _FirstOf(velocity)
+        seen = velocity if on_step is None else _FirstOf(velocity)
         next_x = checked("the solver", step(seen, x, t, next_t), like=x)
-        first = (x - next_x) / (t - next_t) if seen.value is None else seen.value  # the mean, if none was evaluated
-        counts = [x.shape[0]] if sizes is None else list(sizes)
-        parts = zip(x.split(counts), first.split(counts), next_x.split(counts), strict=True)
-        changed = []
-        for image, (now, v, following) in enumerate(parts):
-            shown = FlowStep(index, len(times) - 1, t, next_t, _copied(now), _copied(v), _copied(following), image)
-            given = on_step(shown)
-            changed.append(following if given is None else checked("on_step", given, like=following).to(following))
-        x = torch.cat(changed)
+        if on_step is not None:
+            first = getattr(seen, "value", None)
+            v = (x - next_x) / (t - next_t) if first is None else first  # the mean, if none was evaluated
+            next_x = _observed(on_step, (index, len(times) - 1, t, next_t), x, v, next_x, sizes or [x.shape[0]])
+        x = next_x
     return x
+
+
+def _observed(
+    on_step: OnStep,
+    place: tuple[int, int, float, float],
+    x: Tensor,
+    v: Tensor,
+    next_x: Tensor,
+    sizes: Sequence[int],
+) -> Tensor:
+    """Show each image's step, and return what the flow goes on with."""
+    changed = []
+    parts = zip(*(values.split(list(sizes)) for values in (x, v, next_x)), strict=True)
+    for image, (now, velocity, following) in enumerate(parts):
+        given = on_step(FlowStep(*place, _copied(now), _copied(velocity), _copied(following), image))
+        changed.append(following if given is None else checked("on_step", given, like=following))
+    return torch.cat(changed)
 
 
 class _FirstOf:

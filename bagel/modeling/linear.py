@@ -72,7 +72,8 @@ def is_own(module: nn.Module | None) -> bool:
 
 def takes(linear: Any) -> Rounding | None:
     """Return how a linear layer would like its input rounded; None where it takes, or gets, plain tensors."""
-    return linear.takes if is_own(linear) else None
+    wish = getattr(linear, "takes", None)  # looked at first: dense layers have none
+    return wish if wish is not None and is_own(linear) else None
 
 
 def apply(linear: Any, x: Tensor | Rows, *, add: Tensor | None = None) -> Tensor:

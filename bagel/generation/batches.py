@@ -20,7 +20,7 @@ from bagel.memory import explain_out_of_memory
 from bagel.options import DrawOptions, Writing
 from bagel.parameters import options_of
 from bagel.results import ImageResult, TextResult
-from bagel.sampling import integrate
+from bagel.sampling import GuidedVelocity, integrate
 
 if TYPE_CHECKING:
     from bagel.generation.session import Session
@@ -201,6 +201,21 @@ def check_shared(sessions: Sequence[Session], options: Sequence[Any]) -> None:
             raise ValueError(f"sessions that draw together share {one.name}, got {values[0]!r} and others")
 
 
+def _begun(
+    sessions: Sequence[Session], options: Sequence[DrawOptions], sizes: Sequence[tuple[int, int]]
+) -> tuple[Tensor, GuidedVelocity]:
+    """Return the start noise of all images, one after the other, and their velocity."""
+    model, processor = sessions[0].model, sessions[0].processor
+    noise, negatives = [], []
+    for session, own, size in zip(sessions, options, sizes, strict=True):
+        noise.append(start_noise(processor, size, session.generator, own.noise).to(model.device))
+        text = own.negative_prompt
+        allow_special = session.options.allow_special
+        negatives.append(None if text is None else processor.text(text, allow_special=allow_special))
+    conversations = [session.state.contexts for session in sessions]
+    return torch.cat(noise), velocity_of(model, processor, conversations, sizes, options[0], negatives)
+
+
 def draw_all(sessions: Sequence[Session], options: Sequence[DrawOptions]) -> list[ImageResult]:
     """Let each session draw an image; see `Session.draw`.
 
@@ -217,20 +232,13 @@ def draw_all(sessions: Sequence[Session], options: Sequence[DrawOptions]) -> lis
             plan_all(sessions, shared)
         else:
             model.graphs.decode_step = None  # drawing may need the memory
-        own = list(zip(sessions, options, [s.size_of(o) for s, o in zip(sessions, options, strict=True)], strict=True))
-        noise = [start_noise(processor, size, s.generator, o.noise).to(model.device) for s, o, size in own]
-        negatives = [
-            None if o.negative_prompt is None
-            else processor.text(o.negative_prompt, allow_special=s.options.allow_special)
-            for s, o, _ in own
-        ]  # fmt: skip
-        conversations, sizes = [s.state.contexts for s in sessions], [size for *_, size in own]
-        velocity = velocity_of(model, processor, conversations, sizes, shared, negatives)
+        sizes = [session.size_of(own) for session, own in zip(sessions, options, strict=True)]
+        noise, velocity = _begun(sessions, options, sizes)
         hidden = not shows_progress(sessions[0].options.progress)
         x = integrate(
             shared.step_solver,
             velocity,
-            torch.cat(noise),
+            noise,
             shared.timesteps,
             sizes=velocity.sizes,
             on_step=shared.on_step,

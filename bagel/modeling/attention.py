@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import functools
 import importlib
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
@@ -53,7 +54,7 @@ class Attend(Protocol):
         ...
 
 
-class Attention:
+class Attention(ABC):
     """What all attentions share: the plan of a packed batch, sample by sample. Any object with both calls will do."""
 
     has_step = False
@@ -61,6 +62,7 @@ class Attention:
     aligns_right = True
     """Whether `causal` costs nothing where there are more keys than queries; else a mask is made, once per forward."""
 
+    @abstractmethod
     def __call__(
         self, q: Tensor, k: Tensor, v: Tensor, *, causal: bool = False, mask: Tensor | None = None, layer: int = 0
     ) -> Tensor:
@@ -80,7 +82,6 @@ class Attention:
         Raises:
             ValueError: both rules at once, or one that this attention does not know.
         """
-        raise NotImplementedError
 
     def plan(
         self, layout: Layout, claims: Sequence[Claim | None] | None = None, *, only_keys_from: int | None = None

@@ -13,7 +13,7 @@ from bagel.config import BagelConfig
 from bagel.demo import CHECKPOINT
 from bagel.loading import choose_device, choose_dtype, choose_vae_dtype
 from bagel.modeling import Attention, Bagel
-from bagel.modeling.embeddings import PositionTable, sincos_table
+from bagel.modeling.bagel import PositionTable, sincos_table
 from bagel.tokenizer import Tokenizer
 from bagel.vae import Autoencoder
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from functools import lru_cache, partial
 from typing import Any
 
@@ -9,7 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from bagel.config import LAYER_MODULES, BagelConfig, DecoderConfig, VAEConfig, ViTConfig
-from bagel.modeling import Bagel, Branch, Context, Denoiser
+from bagel.kernels import Rotary
+from bagel.modeling import Bagel, Branch, Context, Decoder, Denoiser
+from bagel.modeling.bagel import TimestepEmbedder
 from bagel.packing import LatentImage, Packed, Text, ViTImage, pack
 
 MOT, MOE, DENSE = LAYER_MODULES
@@ -47,6 +50,22 @@ def small_config(
         max_latent_size=9,
         vit_max_num_patch_per_side=6,
     )
+
+
+def rotary_of(config: DecoderConfig, positions: torch.Tensor) -> Rotary:
+    """Return the rotary table of positions (T,) for a decoder of these sizes."""
+    with torch.device("meta"):
+        decoder = Decoder(dataclasses.replace(config, num_hidden_layers=1))
+    return decoder.rotary(positions, positions[:0])[0]
+
+
+def timestep_features(embedder: TimestepEmbedder, t: torch.Tensor) -> torch.Tensor:
+    """Return what an embedder of times (n,) gives its first layer."""
+    seen = []
+    handle = embedder.fc1.register_forward_pre_hook(lambda _, given: seen.append(given[0]))
+    embedder(t)
+    handle.remove()
+    return seen[0]
 
 
 @torch.no_grad()

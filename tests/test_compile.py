@@ -9,7 +9,8 @@ from torch._dynamo.utils import counters
 
 from bagel import BagelPipeline
 from bagel.demo import CHECKPOINT
-from bagel.modeling.layers import Expert, compile_experts
+from bagel.modeling.compiling import compile_experts
+from bagel.modeling.mot import Expert
 
 # torch's own compiler still uses parts of torch that it calls deprecated.
 pytestmark = pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")

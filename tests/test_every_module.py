@@ -13,13 +13,12 @@ import pytest
 import torch
 from conftest import REFERENCE
 from PIL import Image
-from test_fused import KERNELS
+from test_fused import KERNELS, choose
 from test_graphs import Recorded
 from torch import nn
 
 from bagel import BagelPipeline
 from bagel.config import VAEConfig
-from bagel.kernels import choice
 from bagel.modeling import denoise, graphs
 from bagel.modeling.float8 import quantize_experts
 from bagel.modeling.graphs import GraphMemory
@@ -35,7 +34,7 @@ PHOTO = Image.effect_noise((70, 52), 60).convert("RGB")
 NOT_CALLED = {
     nn.ModuleList: "a list of modules, each of which is called",
     "Expert": "holds the weights of one expert in a layer, which calls its two halves around attention",
-    "Attention": "holds projections and norms, each of which is called by the expert",
+    "Projections": "holds projections and norms, each of which is called by the expert",
 }
 """Modules that are never called, by class, with the reason."""
 IN_PARTS = {"model.decoder": "the model calls its parts, too: embeddings and head by themselves in a decode step"}
@@ -111,7 +110,7 @@ def pipe() -> BagelPipeline:
 
 @pytest.fixture
 def kernels(monkeypatch):
-    monkeypatch.setattr(choice, "find", lambda name, x, *, narrow=False: KERNELS.get(name))
+    choose(monkeypatch, lambda name, x, *, narrow=False: KERNELS.get(name))
 
 
 @pytest.fixture
@@ -180,7 +179,7 @@ def test_they_do_among_8_bit_layers(pipe, monkeypatch, name, fused):
     quantize_experts(pipe.model, und=True)
     if fused:
         own = KERNELS | {"matrix_times_vector": one_row}
-        monkeypatch.setattr(choice, "find", lambda name, x, *, narrow=False: own.get(name))
+        choose(monkeypatch, lambda name, x, *, narrow=False: own.get(name))
     check(pipe, name, exact=False)  # rounding to 8 bits makes much of the least difference
 
 
@@ -196,5 +195,5 @@ def test_a_replacement_in_the_last_layer_changes_what_a_context_keeps(pipe, part
 
 def test_every_module_that_is_not_called_is_listed():
     listed = [m for m in (*PIPE.model.modules(), *PIPE.vae.modules()) if type(m).__name__ in NOT_CALLED]
-    assert {type(module).__name__ for module in listed} == {"Expert", "Attention"}
+    assert {type(module).__name__ for module in listed} == {"Expert", "Projections"}
     assert len(modules_of(PIPE)) > 130

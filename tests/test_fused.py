@@ -11,14 +11,14 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import assert_close
-from small_model import small_config
+from small_model import rotary_of, small_config
 from torch import nn
 
-from bagel.kernels import choice, silu_mul
+from bagel import kernels
+from bagel.kernels import functions, rotate, silu_mul
 from bagel.modeling.float8 import quantize_linears
-from bagel.modeling.layers import Expert
 from bagel.modeling.linear import Linear, apply
-from bagel.modeling.rope import rotary_table, rotate
+from bagel.modeling.mot import Expert
 from bagel.vae.blocks import ResidualBlock
 
 
@@ -74,6 +74,12 @@ PLAIN = (rms_norm, add_rms_norm, norm_rotate, matrix_times_vector, add_product)
 KERNELS = {"silu_mul": gated} | {kernel.__name__: kernel for kernel in (*PLAIN, *ROUND)}
 
 
+def choose(monkeypatch, find) -> None:
+    """Let kernels be chosen by `find`."""
+    monkeypatch.setattr(functions, "find", find)
+    monkeypatch.setattr(kernels, "find", find)
+
+
 @pytest.fixture
 def used(monkeypatch):
     """Names of the kernels that were used, in order."""
@@ -83,14 +89,14 @@ def used(monkeypatch):
         names.append(name)
         return KERNELS[name]
 
-    monkeypatch.setattr(choice, "find", find)
+    choose(monkeypatch, find)
     return names
 
 
 @pytest.fixture
 def without(monkeypatch):
     """Returns the kernels to where they are from."""
-    return lambda: monkeypatch.setattr(choice, "find", lambda name, x, **_: None)
+    return lambda: choose(monkeypatch, lambda name, x, **_: None)
 
 
 def expert_and_input(tokens: int = 5, dtype: torch.dtype = torch.float32):
@@ -100,7 +106,7 @@ def expert_and_input(tokens: int = 5, dtype: torch.dtype = torch.float32):
     for parameter in expert.parameters():
         nn.init.normal_(parameter, std=0.3)
     x = torch.randn(tokens, config.hidden_size, dtype=dtype)
-    rotary = rotary_table(torch.arange(tokens), head_dim=config.head_dim, theta=1e4)
+    rotary = rotary_of(config, torch.arange(tokens))
     return expert, x, rotary
 
 
@@ -262,8 +268,8 @@ def test_a_residual_block_with_kernels_computes_the_same(monkeypatch, out_channe
     wanted = block(x)
     if watched:
         block.get_submodule(watched).register_forward_hook(lambda *_: calls.append(watched))
-    kernels = {"group_norm_silu": group_norm_silu, "add_biased": add_biased}
-    monkeypatch.setattr(choice, "find", lambda name, x, *, narrow: used.append((name, narrow)) or kernels[name])
+    own = {"group_norm_silu": group_norm_silu, "add_biased": add_biased}
+    choose(monkeypatch, lambda name, x, *, narrow: used.append((name, narrow)) or own[name])
     assert_close(block(x), wanted, relative=1e-9)
-    assert set(used) == {(name, True) for name in kernels}
+    assert set(used) == {(name, True) for name in own}
     assert calls == ([watched] if watched else [])

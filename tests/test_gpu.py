@@ -11,6 +11,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import REFERENCE, assert_close, golden_json, load_model
+from small_model import rotary_of
 from test_parity_pipeline import load_case
 
 from bagel import BAGEL_7B, BagelPipeline
@@ -19,12 +20,11 @@ from bagel.generation import contexts as conversation
 from bagel.generation import read_all
 from bagel.generation.contexts import Utterance
 from bagel.generation.writing import Decoding
-from bagel.kernels import attend_appended, choice, doubled, group_norm_silu, silu_mul
+from bagel.kernels import attend_appended, doubled, functions, group_norm_silu, silu_mul
 from bagel.modeling.attention import BACKENDS, Reference
 from bagel.modeling.float8 import Float8Linear
-from bagel.modeling.layers import Expert
 from bagel.modeling.linear import apply
-from bagel.modeling.rope import rotary_table
+from bagel.modeling.mot import Expert
 from bagel.options import THINK_GENERATE, SessionOptions, VelocityOptions
 from bagel.parameters import options_of
 from bagel.sampling import Euler, TextSampling, flow_timesteps, integrate
@@ -112,7 +112,7 @@ def test_what_is_compiled_uses_the_same_kernels(float8):
     draw = lambda: pipe.text_to_image("a red star", num_timesteps=6, seed=3, progress=False).latents  # noqa: E731
     wanted = draw()
     pipe.compile()
-    assert choice._operators is not None
+    assert functions._operators is not None
     assert_close(draw(), wanted, relative=SEVERAL_ROUNDINGS[torch.bfloat16])
 
 
@@ -262,7 +262,7 @@ def plain(monkeypatch, compute):
     """What `compute` returns with kernels, and without."""
     with torch.no_grad():
         found = compute()
-        monkeypatch.setattr(choice, "_kernels", lambda gpu: None)
+        monkeypatch.setattr(functions, "_kernels", lambda gpu: None)
         return found, compute()
 
 
@@ -284,7 +284,7 @@ def test_kernels_of_the_experts_are_their_plain_operations(monkeypatch, name, to
     filled(expert, torch.device("cuda"))
     x = drawn(tokens, config.hidden_size, dtype=dtype)
     attended = drawn(tokens, config.num_attention_heads, config.head_dim, dtype=dtype)
-    rotary = rotary_table(torch.arange(tokens, device="cuda") * 11, head_dim=config.head_dim, theta=1e6)
+    rotary = rotary_of(config, torch.arange(tokens, device="cuda") * 11)
     for found, wanted in zip(
         *plain(monkeypatch, lambda: (*expert.heads(x, rotary, expert), expert.finish(x, attended, expert))), strict=True
     ):

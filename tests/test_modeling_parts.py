@@ -8,13 +8,13 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import assert_close
-from small_model import latents, new_model, packed_of, packs, small_config, text, vit
+from small_model import latents, new_model, packed_of, packs, rotary_of, small_config, text, timestep_features, vit
 from torch import Tensor
 
+from bagel.kernels import rotate
 from bagel.modeling import Bagel, Branch, Denoiser
-from bagel.modeling.embeddings import PositionTable, sincos_table, timestep_features
-from bagel.modeling.layers import MLP, RMSNorm
-from bagel.modeling.rope import rotary_table, rotate
+from bagel.modeling.bagel import PositionTable, TimestepEmbedder, sincos_table
+from bagel.modeling.mot import MLP, RMSNorm
 
 # The und path is Qwen -------------------------------------------------------------------------------------------------
 
@@ -115,7 +115,7 @@ def test_rotary_embedding_is_a_rotation_of_complex_numbers():
     frequencies = torch.tensor([theta ** (-2 * i / dim) for i in range(dim // 2)], dtype=torch.float64)
     angles = positions[:, None] * frequencies
     turned = pairs * torch.polar(torch.ones_like(angles), angles)[:, None]
-    found = rotate(x, rotary_table(positions, head_dim=dim, theta=theta))
+    found = rotate(x, rotary_of(small_config(rope_theta=theta).llm_config, positions))
     assert_close(found, torch.cat([turned.real, turned.imag], dim=-1))
 
 
@@ -139,8 +139,8 @@ def test_a_stored_position_table_wins():
 def test_timestep_features_literal():
     slow = 0.01  # 10000^(-1/2)
     wanted = [math.cos(0.5), math.cos(0.5 * slow), math.sin(0.5), math.sin(0.5 * slow)]
-    assert timestep_features(torch.tensor([0.5]), 4)[0].tolist() == pytest.approx(wanted, abs=1e-7)
-    zero = timestep_features(torch.tensor([0.0]))[0]
+    assert timestep_features(TimestepEmbedder(8, 4), torch.tensor([0.5]))[0].tolist() == pytest.approx(wanted, abs=1e-7)
+    zero = timestep_features(TimestepEmbedder(8), torch.tensor([0.0]))[0]
     assert zero.tolist() == [1.0] * 128 + [0.0] * 128
 
 

@@ -1,10 +1,10 @@
 """Operations that a GPU does as one kernel: each a function, whose body in torch's operations says what it computes.
 
-A CPU, gradients, and GPUs for which Triton builds nothing use the bodies; see `bagel.kernels.choice`.
+A CPU, gradients, and GPUs for which Triton builds nothing use the bodies; see `find`.
 """
 
-from bagel.kernels.choice import HOPPER, is_watched, let_compilers_use_kernels
 from bagel.kernels.functions import (
+    HOPPER,
     Rotary,
     Rounding,
     Rows,
@@ -12,7 +12,10 @@ from bagel.kernels.functions import (
     attend_appended,
     convolve,
     doubled,
+    find,
     group_norm_silu,
+    is_own,
+    let_compilers_use_kernels,
     linear,
     norm_rotate,
     rms_norm,
@@ -30,8 +33,9 @@ __all__ = [
     "attend_appended",
     "convolve",
     "doubled",
+    "find",
     "group_norm_silu",
-    "is_watched",
+    "is_own",
     "let_compilers_use_kernels",
     "linear",
     "norm_rotate",

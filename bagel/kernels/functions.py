@@ -1,4 +1,4 @@
-"""Operations that a GPU does as one kernel; what stands below the choice of a kernel says what it computes.
+"""Operations that a GPU does as one kernel; what stands below the choice of a kernel (`find`) says what it computes.
 
 Shapes: T tokens, n channels, Hq query heads, Hkv key/value heads, D channels per head; B texts or images, C channels of
 an image, H and W its sides.
@@ -6,14 +6,19 @@ an image, H and W its sides.
 
 from __future__ import annotations
 
-from typing import NamedTuple
+import functools
+import importlib
+import warnings
+from collections.abc import Callable
+from types import ModuleType
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from bagel.kernels import choice
-
+HOPPER = 9
+"""Major CUDA compute capability of the GPUs for which FlashAttention 3 is written, and whose kernels can overlap."""
 HALF, SIZES = (torch.bfloat16, torch.float16), (16, 32, 64, 128, 256)
 """Types, and channels per head, that the kernel for appended tokens takes, as matrix units do."""
 Rotary = tuple[Tensor, Tensor]
@@ -50,6 +55,67 @@ FLOAT16 = Rounding(torch.float16, largest=1.0, tiny=1.0)
 """For products that exceed float16's 65504: rows are scaled into [-1, 1], smaller ones stay as they are."""
 
 
+# Whether a kernel computes it, or torch does --------------------------------------------------------------------------
+
+
+def find(name: str, x: Tensor, *, narrow: bool = False) -> Callable[..., Any] | None:
+    """Return the GPU kernel of that name where it takes the place of torch's operations on x, else None.
+
+    That is on the current GPU, without gradients, and in no wider type than float32; with `narrow` in narrower types
+    alone, for kernels that add up in float32 and round. Kernels are those of
+    `bagel.kernels.triton_kernels`; in what is compiled, those of `bagel.kernels.operators`, where
+    `let_compilers_use_kernels` has been called.
+    """
+    if not x.is_cuda or torch.is_grad_enabled() or x.dtype == torch.float64 or (narrow and x.dtype == torch.float32):
+        return None
+    if torch.compiler.is_compiling():
+        return getattr(_operators, name, None)
+    kernels = _kernels(x.device.index) if x.device.index == torch.cuda.current_device() else None
+    return None if kernels is None else getattr(kernels, name)
+
+
+_operators: ModuleType | None = None
+
+
+def let_compilers_use_kernels() -> None:
+    """Make kernels stand in what is compiled from now on, if they can be built for the current GPU."""
+    global _operators
+    if _operators is None and _kernels(torch.cuda.current_device()) is not None:
+        _operators = importlib.import_module("bagel.kernels.operators")
+
+
+@functools.cache
+def _kernels(gpu: int) -> ModuleType | None:
+    """Return the kernels if Triton can build some for the current GPU: it needs a C compiler, and to know the GPU."""
+    try:
+        kernels = importlib.import_module("bagel.kernels.triton_kernels")
+        kernels.try_some()
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:  # whatever Triton and what it calls may raise
+        reason = " ".join(str(error).split())[:200]
+        warnings.warn(
+            f"images and texts take longer than they need on this GPU: Triton cannot build kernels here ({reason})",
+            stacklevel=2,
+        )
+        return None
+    return kernels
+
+
+def is_own(module: Any, kind: type[nn.Module] | None = None) -> bool:
+    """Whether calling a module does what its class says and no more: no hooks see it, nothing replaced its `forward`.
+
+    Its class is `kind` itself or, by default, one that makes the promises of `bagel.modeling.linear`: its `contract`
+    names it.
+    """
+    found = type(module)
+    if found is not (kind or getattr(found, "contract", None)):
+        return False
+    own = module.__dict__  # read at once: this is asked a thousand times per image
+    hooks = own["_forward_hooks"] or own["_forward_pre_hooks"] or own["_backward_hooks"] or own["_backward_pre_hooks"]
+    return not (hooks or "forward" in own)
+
+
 # An expert's rows -----------------------------------------------------------------------------------------------------
 
 
@@ -67,7 +133,7 @@ def rms_norm(
     """
     rounds = rounding is not None and x.shape[0] > 1
     name = NORMS[add is not None, rounds]
-    kernel = choice.find(name, x)
+    kernel = find(name, x)
     if kernel and x.dtype == weight.dtype and (add is None or add.dtype == x.dtype):
         given = (x,) if add is None else (x, add)
         found = kernel(*given, weight, eps=eps, **(rounding._asdict() if rounding and rounds else {}))
@@ -89,7 +155,7 @@ def norm_rotate(
         q_heads: Hq.
         eps: of the norms.
     """
-    if kernel := choice.find("norm_rotate", qk):
+    if kernel := find("norm_rotate", qk):
         return kernel(qk, weights, rotary, q_heads=q_heads, eps=eps)
     exact, heads = qk.float(), [q_heads, qk.shape[1] - q_heads]
     if weights is not None:
@@ -116,10 +182,10 @@ def silu_mul(gate_up: Tensor, *, rounding: Rounding | None = None) -> Tensor | R
         product = F.silu(gate) * up
         scale = (product.abs().amax(-1, keepdim=True) / FLOAT16.largest).clamp(min=FLOAT16.tiny)
         return Rows((product / scale).to(gate_up.dtype), scale, product.dtype)
-    if rounding is not None and gate_up.shape[0] > 1 and (kernel := choice.find("silu_mul_round", gate_up)):
+    if rounding is not None and gate_up.shape[0] > 1 and (kernel := find("silu_mul_round", gate_up)):
         values, scale = kernel(gate_up, **rounding._asdict())
         return Rows(values, scale, gate_up.dtype)
-    if kernel := choice.find("silu_mul", gate_up):
+    if kernel := find("silu_mul", gate_up):
         return kernel(gate_up)
     gate, up = gate_up.chunk(2, dim=-1)
     return F.silu(gate) * up
@@ -131,11 +197,11 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, add: Tensor
     The addition is the product's own where the hardware can: then `add` itself is written into and returned.
     """
     alike = x.ndim == 2 and (add is None or x.dtype == add.dtype == weight.dtype)
-    if alike and x.shape[0] == 1 and x.dtype == torch.bfloat16 and (kernel := choice.find("matrix_times_vector", x)):
+    if alike and x.shape[0] == 1 and x.dtype == torch.bfloat16 and (kernel := find("matrix_times_vector", x)):
         return kernel(x, weight, bias=bias, plus=add)
     if add is None:
         return F.linear(x, weight, bias)
-    if alike and bias is None and (kernel := choice.find("add_product", x)):
+    if alike and bias is None and (kernel := find("add_product", x)):
         kernel(add, x, weight)
         return add
     return add + F.linear(x, weight, bias)
@@ -143,7 +209,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, add: Tensor
 
 def round_rows(x: Tensor, rounding: Rounding) -> Rows:
     """Return x (T, n) rounded, each row by a scale of its own."""
-    if kernel := choice.find("round_rows", x):
+    if kernel := find("round_rows", x):
         values, scale = kernel(x, **rounding._asdict())
         return Rows(values, scale, x.dtype)
     exact = x.float()
@@ -168,7 +234,7 @@ def attend_appended(q: Tensor, k: Tensor, v: Tensor, keys: Tensor, values: Tenso
     Returns:
         (B, Hq, D) in the type of `q`.
     """
-    if q.dtype in HALF and q.shape[-1] in SIZES and (kernel := choice.find("attend_appended", q)):
+    if q.dtype in HALF and q.shape[-1] in SIZES and (kernel := find("attend_appended", q)):
         return kernel(q, k, v, keys, values, lengths)
     rows, last = torch.arange(q.shape[0], device=q.device), lengths.long()
     keys[rows, last], values[rows, last] = k, v
@@ -188,15 +254,15 @@ def attend_appended(q: Tensor, k: Tensor, v: Tensor, keys: Tensor, values: Tenso
 
 def group_norm_silu(norm: nn.GroupNorm, x: Tensor, plus: Tensor | None = None) -> Tensor:
     """Return silu of the norm of x (B, C, H, W), to which a bias (C,) is added first."""
-    kernel = choice.find("group_norm_silu", x, narrow=True)
-    if kernel and type(norm) is nn.GroupNorm and not choice.is_watched(norm):
+    kernel = find("group_norm_silu", x, narrow=True)
+    if kernel and is_own(norm, nn.GroupNorm):
         return kernel(x, norm.weight, norm.bias, groups=norm.num_groups, eps=norm.eps, plus=plus)
     return F.silu(norm(x if plus is None else x + plus[:, None, None]))
 
 
 def convolve(conv: nn.Conv2d, x: Tensor) -> tuple[Tensor, Tensor | None]:
     """Return the convolution of x, and its bias where that is still to be added: kernels that follow do it for less."""
-    if choice.find("add_biased", x, narrow=True) and type(conv) is nn.Conv2d and not choice.is_watched(conv):
+    if find("add_biased", x, narrow=True) and is_own(conv, nn.Conv2d):
         return F.conv2d(x, conv.weight, None, conv.stride, conv.padding), conv.bias
     return conv(x), None
 
@@ -205,13 +271,13 @@ def add_biased(x: Tensor, y: Tensor, bias: Tensor | None) -> Tensor:
     """Return x + y, both (B, C, H, W), plus a bias (C,)."""
     if bias is None:
         return x + y
-    if kernel := choice.find("add_biased", x, narrow=True):
+    if kernel := find("add_biased", x, narrow=True):
         return kernel(x, y, bias)
     return x + (y + bias[:, None, None])
 
 
 def doubled(x: Tensor) -> Tensor:
     """Return x (B, C, H, W) with each pixel four times, (B, C, 2H, 2W)."""
-    if kernel := choice.find("doubled", x):
+    if kernel := find("doubled", x):
         return kernel(x)
     return F.interpolate(x, scale_factor=2, mode="nearest")

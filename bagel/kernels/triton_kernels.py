@@ -1,7 +1,7 @@
 """Steps of a layer as single GPU kernels, in Triton: torch's own operations pass over the memory several times.
 
 Each computes what the function of its name in `bagel.kernels` says, whose own operations a CPU and gradients use;
-`bagel.kernels.choice` decides.
+`bagel.kernels.find` decides.
 Letters in shapes: T tokens, B texts, Hq query heads, Hkv key/value heads, D channels per head.
 """
 

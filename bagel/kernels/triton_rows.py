@@ -12,7 +12,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from bagel.kernels.choice import HOPPER
+from bagel.kernels.functions import HOPPER
 
 VALUES_A_WARP = 1024
 """Values of a row that the threads of a warp hold, 32 each, until there are sixteen warps."""
@@ -145,7 +145,7 @@ def norm_rotate(
     Args:
         qk: both, (T, Hq + Hkv, D), of rows that may lie apart, as slices of a wider projection do.
         weights: of the norms of queries and keys, each (D,); None leaves the norm out.
-        rotary: see `bagel.modeling.rope`.
+        rotary: see `bagel.kernels.Rotary`.
         q_heads: Hq.
         eps: of the norms.
     """

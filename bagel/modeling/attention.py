@@ -23,7 +23,6 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from bagel.kernels import HOPPER
 from bagel.modeling.cache import Claim
-from bagel.modeling.layers import Heads
 from bagel.packing import Layout
 
 IMAGE_SIZED = 2**20
@@ -34,6 +33,9 @@ KERNELS = [
     SDPBackend.EFFICIENT_ATTENTION,
     SDPBackend.MATH,
 ]
+
+Heads = tuple[Tensor, Tensor, Tensor]
+"""Queries (T, Hq, D), keys (T, Hkv, D) and values (T, Hkv, D)."""
 
 
 class Seen(NamedTuple):

@@ -6,6 +6,7 @@ Source: arXiv 2505.14683.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -18,12 +19,79 @@ from bagel.config import BagelConfig, MissingHalfError
 from bagel.image import in_unit
 from bagel.modeling.attention import SDPA
 from bagel.modeling.cache import Claim, Context, KVCache, claim_all
-from bagel.modeling.embeddings import Connector, PositionTable, TimestepEmbedder
 from bagel.modeling.graphs import Graphs
 from bagel.modeling.linear import Float32Linear
-from bagel.modeling.mot import Decoder, Streams, residual
+from bagel.modeling.mot import Decoder, Streams
 from bagel.packing import Layout, Packed
 from bagel.vit import SiglipViT
+
+
+def sincos_table(side: int, channels: int) -> Tensor:
+    """Return the 2-D sin-cos table (side * side, channels) float32, row-major over the grid.
+
+    The first half of the channels encodes the column, the second the row; each half is [sin | cos] over frequencies
+    10000^(-i / (channels / 4)). Source: DiT, arXiv 2212.09748.
+
+    Raises:
+        ValueError: channels not a multiple of 4.
+    """
+    if channels % 4:
+        raise ValueError(f"a 2-D sin-cos table needs a multiple of 4 channels, got {channels}")
+    quarter = channels // 4
+    frequencies = 10000.0 ** (-torch.arange(quarter, dtype=torch.float64) / quarter)
+    angles = torch.arange(side, dtype=torch.float64)[:, None] * frequencies  # (side, channels / 4)
+    line = torch.cat([angles.sin(), angles.cos()], dim=1)  # (side, channels / 2)
+    columns = line[None, :, :].expand(side, side, -1)
+    rows = line[:, None, :].expand(side, side, -1)
+    return torch.cat([columns, rows], dim=-1).flatten(0, 1).float()
+
+
+class PositionTable(nn.Module):
+    """A fixed 2-D sin-cos table, looked up by grid cell; a stored table wins over the computed one."""
+
+    def __init__(self, side: int, channels: int) -> None:
+        super().__init__()
+        self.table: Tensor
+        shape_alone = torch.get_default_device().type == "meta"
+        self.register_buffer("table", torch.empty(side**2, channels) if shape_alone else sincos_table(side, channels))
+
+    def forward(self, position_ids: Tensor) -> Tensor:
+        """Return rows (n, channels) for cells (n,)."""
+        return self.table[position_ids]
+
+
+class TimestepEmbedder(nn.Module):
+    """Embed the time of the flow: 256 sinusoidal features, [cos | sin] over frequencies from 1 to 1e-4, through an MLP.
+
+    Source: DiT, arXiv 2212.09748; times are not multiplied by 1000 here.
+    """
+
+    def __init__(self, hidden_size: int, features: int = 256) -> None:
+        super().__init__()
+        self.features = features
+        self.fc1 = nn.Linear(features, hidden_size)
+        self.fc2 = nn.Linear(hidden_size, hidden_size)
+
+    def forward(self, t: Tensor) -> Tensor:
+        """Return embeddings (n, hidden) of times t (n,) in [0, 1]."""
+        half = self.features // 2
+        steps = torch.arange(half, dtype=torch.float32, device=t.device)
+        angles = t.float()[:, None] * torch.exp(-math.log(10000.0) * steps / half)
+        features = torch.cat([angles.cos(), angles.sin()], dim=-1).to(next(self.parameters()).dtype)
+        return self.fc2(F.silu(self.fc1(features)))
+
+
+class Connector(nn.Module):
+    """Two-layer MLP (gelu-tanh) from the ViT's width to the decoder's."""
+
+    def __init__(self, vit_size: int, hidden_size: int) -> None:
+        super().__init__()
+        self.fc1 = nn.Linear(vit_size, hidden_size)
+        self.fc2 = nn.Linear(hidden_size, hidden_size)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map features (n, vit) to (n, hidden)."""
+        return self.fc2(F.gelu(self.fc1(x), approximate="tanh"))
 
 
 @dataclass(frozen=True)
@@ -91,7 +159,7 @@ class Bagel(nn.Module):
                 "this model was built without its vision half: it cannot see images; build it with visual_und=True"
             )
         features = self.connector(self.vit(in_unit(patches), position_ids, lengths))
-        return residual((features + self.vit_pos_embed(position_ids)).to(features.dtype))
+        return (features + self.vit_pos_embed(position_ids)).to(features.dtype)
 
     def embed_latents(self, latents: Tensor, position_ids: Tensor, timesteps: Tensor) -> Tensor:
         """Return latent tokens (n, H) of latents (n, P) at times (n,) in [0, 1]."""
@@ -113,7 +181,7 @@ class Bagel(nn.Module):
             raise ValueError(
                 f"latents must have shape (n, {width}), got {tuple(latents.shape)}; see `bagel.image.patchify`"
             )
-        return residual((self.vae2llm(latents) + times + positions).to(times.dtype))
+        return (self.vae2llm(latents) + times + positions).to(times.dtype)
 
     def embed(self, packed: Packed) -> Streams:
         """Return both input streams (Tu, H), (Tg, H) of a packed batch on this device."""

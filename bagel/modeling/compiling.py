@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
+from torch import nn
 
 from bagel.kernels import let_compilers_use_kernels
 from bagel.modeling.bagel import Bagel
-from bagel.modeling.layers import Expert, compile_experts
+from bagel.modeling.mot import Expert
 
 
 def compile_model(model: Bagel, use: Callable[[], object], *, backend: str) -> None:
@@ -40,3 +41,11 @@ def compile_model(model: Bagel, use: Callable[[], object], *, backend: str) -> N
             f"this model cannot be compiled here and stays as it was ({reason}): compiling needs a C++ compiler for "
             "a CPU, Triton for a GPU"
         ) from error
+
+
+def compile_experts(module: nn.Module, *, backend: str = "inductor") -> None:
+    """Compile what the experts within a module compute, when it is first used, for any number of tokens."""
+    for part in module.modules():
+        if isinstance(part, Expert):
+            part.heads = torch.compile(part.heads, dynamic=True, backend=backend)
+            part.finish = torch.compile(part.finish, dynamic=True, backend=backend)

@@ -12,11 +12,10 @@ import torch
 from torch import Tensor
 
 from bagel.kernels import attend_appended
-from bagel.modeling.attention import Seen
+from bagel.modeling.attention import Heads, Seen
 from bagel.modeling.bagel import Bagel
 from bagel.modeling.cache import Context
 from bagel.modeling.graphs import can_capture, capturing, signature_of
-from bagel.modeling.layers import Heads
 
 SMALLEST, LARGEST = 1024, 32768
 """Tokens of the smallest and the largest caches; they are powers of two, so that few graphs serve many lengths."""

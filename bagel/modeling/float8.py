@@ -12,8 +12,9 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
+from bagel import kernels
 from bagel.config import MissingHalfError
-from bagel.kernels import Rounding, Rows, choice, round_rows
+from bagel.kernels import Rounding, Rows, round_rows
 from bagel.modeling.bagel import Bagel
 from bagel.modeling.linear import is_exact
 from bagel.modeling.mot import DecoderLayer
@@ -48,7 +49,7 @@ class Float8Linear(nn.Module):
         """Map x (T, in) to (T, out) of its type, and add `add`; a single token on a GPU is not quantised itself."""
         if isinstance(x, Rows) and x.values.dtype != FORMAT:  # of a float16 model, whose products are scaled
             x = x.values.to(x.dtype) * x.scale
-        if not isinstance(x, Rows) and x.shape[0] == 1 and (kernel := choice.find("matrix_times_vector", x)):
+        if not isinstance(x, Rows) and x.shape[0] == 1 and (kernel := kernels.find("matrix_times_vector", x)):
             plus = add if add is not None and add.dtype == x.dtype else None
             y = kernel(x, self.weight, scale=self.scale, bias=self.bias, plus=plus)
             return y if add is None or plus is not None else add + y

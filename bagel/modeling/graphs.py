@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from bagel.kernels import is_watched
+from bagel.kernels import is_own
 
 Signature = tuple[Any, ...]
 
@@ -145,7 +145,7 @@ def can_capture(decoder: nn.Module) -> bool:
 
 def _repeats(module: nn.Module) -> bool:
     known = type(module).__module__.partition(".")[0] in ("bagel", "torch")
-    return known and not is_watched(module)
+    return known and is_own(module, type(module))
 
 
 def signature_of(decoder: nn.Module) -> Signature:

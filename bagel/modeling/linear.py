@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from bagel import kernels
-from bagel.kernels import Rounding, Rows, is_watched
+from bagel.kernels import Rounding, Rows, is_own
 
 
 class Linear(nn.Linear):
@@ -62,12 +62,6 @@ class Float32Linear(Linear):
 # A class inherits its parent's `contract`, which then names another class: what inherits makes no promises.
 Linear.contract = Linear
 Float32Linear.contract = Float32Linear
-
-
-def is_own(module: nn.Module | None) -> bool:
-    """Whether a module is of a class of this library itself, with nothing that sees or changes its calls."""
-    kind = type(module)
-    return getattr(kind, "contract", None) is kind and not is_watched(module)  # pyright: ignore[reportArgumentType]
 
 
 def takes(linear: Any) -> Rounding | None:

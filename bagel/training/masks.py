@@ -15,9 +15,8 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
-from bagel.modeling.attention import SDPA, Attend, Seen
+from bagel.modeling.attention import SDPA, Attend, Heads, Seen
 from bagel.modeling.cache import Claim
-from bagel.modeling.layers import Heads
 from bagel.packing import Layout, Tokens, mask_of, sees
 
 Kind = Literal["dense", "flex"]

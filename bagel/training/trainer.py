@@ -19,7 +19,7 @@ from torch.utils.checkpoint import checkpoint
 
 from bagel.checkpoint import CheckpointError
 from bagel.modeling import Bagel
-from bagel.modeling.layers import compile_experts
+from bagel.modeling.compiling import compile_experts
 from bagel.packing import Packed
 from bagel.tokenizer import Tokenizer
 from bagel.training import state

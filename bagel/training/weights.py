@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from bagel.config import BagelConfig
 from bagel.modeling import Bagel, DecoderLayer
-from bagel.modeling.layers import RMSNorm
+from bagel.modeling.mot import RMSNorm
 
 
 def initialise(model: Bagel, generator: torch.Generator) -> None:

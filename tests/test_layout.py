@@ -17,6 +17,7 @@ ORDER = (
     "image",
     "packing",
     "processor",
+    "formats",
     "kernels",
     "parameters",
     "embedding",

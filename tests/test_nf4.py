@@ -1,0 +1,175 @@
+"""Four-bit weights: the bits of bitsandbytes, what they stand for, and layers that multiply by them."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from bagel.formats import nf4
+
+SHAPES = [(1152, 4304), (96, 160), (7, 1000), (3, 5), (64, 3584)]
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+KINDS = ["nf4", "fp4"]
+
+
+def drawn(shape: tuple[int, ...], dtype: torch.dtype = torch.float32, *, seed: int = 0) -> torch.Tensor:
+    """A weight; its first block is zero, where it has several."""
+    weight = 0.02 * torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+    if weight.numel() > 64:
+        weight.view(-1)[:64] = 0
+    return weight.to(dtype)
+
+
+def twin(blocks: nf4.Blocks) -> torch.Tensor:
+    """What a weight in 4 bits means, value by value, in float64."""
+    indices = torch.stack([blocks.codes >> 4, blocks.codes & 15], dim=1).view(-1).long()
+    count = torch.Size(blocks.shape).numel()
+    block = torch.arange(count) // 64
+    absmax = blocks.absmax
+    if isinstance(absmax, nf4.Nested):
+        greater = absmax.absmax.double()[torch.arange(len(absmax.codes)) // 256]
+        absmax = absmax.table.double()[absmax.codes.long()] * greater + absmax.offset.double()
+    return (blocks.codebook.double()[indices[:count]] * absmax.double()[block]).view(blocks.shape)
+
+
+# The format -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def bitsandbytes():
+    return pytest.importorskip("bitsandbytes", reason="it has no wheels for some platforms").functional
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_the_bits_are_those_of_bitsandbytes(bitsandbytes, shape, dtype, kind):
+    weight = drawn(shape, dtype)
+    codes, state = bitsandbytes.quantize_4bit(weight, blocksize=64, quant_type=kind)
+    found = nf4.quantize(weight, kind)
+    assert torch.equal(found.codes, codes.view(-1))
+    assert torch.equal(found.absmax, state.absmax)
+    assert torch.equal(found.codebook, state.code)
+    if shape[1] % 64 == 0:  # it dequantises some others wrongly on CPUs
+        assert torch.equal(nf4.dequantize(found), bitsandbytes.dequantize_4bit(codes, state))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", [shape for shape in SHAPES if shape != (3, 5)], ids=str)  # that is one block alone
+def test_nested_magnitudes_are_those_of_bitsandbytes(bitsandbytes, shape, dtype):
+    weight = drawn(shape, dtype)
+    codes, state = bitsandbytes.quantize_4bit(weight, blocksize=64, quant_type="nf4", compress_statistics=True)
+    found = nf4.quantize(weight, double=True)
+    assert torch.equal(found.codes, codes.view(-1))
+    assert torch.equal(found.absmax.table, state.state2.code)
+    assert torch.equal(found.absmax.absmax, state.state2.absmax)
+    assert torch.equal(found.absmax.offset, state.offset)
+    plain = nf4.quantize(weight).absmax - found.absmax.offset
+    parts = plain / found.absmax.absmax.repeat_interleave(256)[: len(plain)].where(plain != 0, 1)
+    ours, theirs = (found.absmax.table[codes.int()] for codes in (found.absmax.codes, state.absmax))
+    # Its CPU kernel looks the nearest value up in 65536 steps of [-1, 1]: where they differ, two are nearly as near.
+    assert ((parts - ours).abs() <= (parts - theirs).abs() + 1e-7).all()
+    assert ((parts - theirs).abs() - (parts - ours).abs()).max() < 2**-15
+
+
+@pytest.mark.parametrize("double", [False, True])
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_a_value_is_rounded_once_in_float32_and_once_to_its_type(shape, dtype, kind, double):
+    blocks = nf4.quantize(drawn(shape, dtype), kind, double=double)
+    found, wanted = nf4.dequantize(blocks), twin(blocks)
+    assert found.dtype == dtype
+    assert found.shape == shape
+    # Nested magnitudes are a sum of two roundings before.
+    bound = (torch.finfo(dtype).eps / 2 + 2**-22) * wanted.abs() + torch.finfo(dtype).tiny * 2**-10
+    assert ((found.double() - wanted).abs() <= bound).all()
+
+
+@pytest.mark.parametrize(("kind", "most"), [("nf4", 0.0925), ("fp4", 0.123)])  # measured 0.0920 and 0.1220
+def test_what_is_lost(kind, most):
+    weight = 0.02 * torch.randn(512, 4304, generator=torch.Generator().manual_seed(0))
+    plain, double = (nf4.dequantize(nf4.quantize(weight, kind, double=double)) for double in (False, True))
+    lost = [((found - weight).norm() / weight.norm()).item() for found in (plain, double)]
+    assert lost[0] < most
+    assert lost[0] < lost[1] < lost[0] + 0.0005
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_what_is_quantised_once_stays(kind):
+    once = nf4.dequantize(nf4.quantize(drawn((96, 160)), kind))
+    assert torch.equal(nf4.dequantize(nf4.quantize(once, kind)), once)
+
+
+@pytest.mark.parametrize("chunk", [64, 192, 1 << 22])
+@pytest.mark.parametrize("double", [False, True])
+def test_rows_are_those_of_the_whole_whatever_the_chunks(monkeypatch, chunk, double):
+    weight = drawn((7, 1000), seed=1)
+    wanted = nf4.quantize(weight, double=double)
+    monkeypatch.setattr(nf4, "CHUNK", chunk)
+    blocks = nf4.quantize(weight, double=double)
+    assert torch.equal(blocks.codes, wanted.codes)
+    whole = nf4.dequantize(blocks)
+    for rows in (slice(0, 1), slice(2, 5), slice(6, 7), slice(3, 3), slice(None), slice(-2, None)):
+        assert torch.equal(nf4.dequantize(blocks, rows=rows), whole[rows])
+
+
+def test_odd_values_and_no_values():
+    for shape in ((1, 1), (3, 5), (65,), (2, 3, 7)):
+        weight = drawn(shape)
+        blocks = nf4.quantize(weight)
+        assert len(blocks.codes) == (weight.numel() + 1) // 2
+        assert (nf4.dequantize(blocks) - weight).abs().max() <= 0.17 * weight.abs().max()
+    assert nf4.dequantize(nf4.quantize(torch.zeros(0, 64))).shape == (0, 64)
+
+
+@pytest.mark.parametrize("double", [False, True])
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_file_keeps_every_bit_and_is_that_of_bitsandbytes(bitsandbytes, kind, double):
+    weight = drawn((96, 192), torch.bfloat16)
+    blocks = nf4.quantize(weight, kind, double=double)
+    tensors = nf4.to_file("a.weight", blocks)
+    codes, state = bitsandbytes.quantize_4bit(weight, blocksize=64, quant_type=kind, compress_statistics=double)
+    theirs = {"a.weight": codes} | {f"a.weight.{key}": value for key, value in state.as_dict(packed=True).items()}
+    assert {key: (x.dtype, x.shape) for key, x in tensors.items()} == {
+        key: (x.dtype, x.shape) for key, x in theirs.items()
+    }
+    key = f"a.weight.quant_state.bitsandbytes__{kind}"
+    assert bytes(tensors[key].tolist()) == bytes(theirs[key].tolist())
+    for given in (tensors, theirs):
+        found = nf4.from_file("a.weight", given)
+        assert (found.kind, found.shape, found.dtype) == (kind, (96, 192), torch.bfloat16)
+        assert torch.equal(found.codes, blocks.codes)
+    found = nf4.from_file("a.weight", tensors)
+    assert torch.equal(nf4.dequantize(found), nf4.dequantize(blocks))
+
+
+def test_bad_weights_and_bad_files_are_refused():
+    weight = drawn((96, 192))
+    with pytest.raises(ValueError, match="no 4-bit format named 'nf5'; there are nf4, fp4"):
+        nf4.quantize(weight, "nf5")
+    with pytest.raises(ValueError, match=r"must be float32, bfloat16, float16, got torch\.float64"):
+        nf4.quantize(weight.double())
+    for value in (float("nan"), float("inf")):
+        with pytest.raises(ValueError, match="NaN or infinite"):
+            nf4.quantize(torch.full((2, 64), value))
+    tensors = nf4.to_file("a.weight", nf4.quantize(weight, double=True))
+    changes = {
+        "has no description": {"a.weight.quant_state.bitsandbytes__nf4": None},
+        "cannot be read": {"a.weight.quant_state.bitsandbytes__nf4": torch.tensor([123], dtype=torch.uint8)},
+        "absmax should be torch.uint8, and is missing": {"a.weight.absmax": None},
+        "quant_map should be torch.float32, and is torch.float64": {"a.weight.quant_map": torch.zeros(16).double()},
+        "another table of 16 values": {"a.weight.quant_map": torch.zeros(16)},
+        "nested_absmax has 7 elements where a weight of shape \\(96, 192\\) has 2": {
+            "a.weight.nested_absmax": torch.zeros(7)
+        },
+    }
+    for message, change in changes.items():
+        given = {key: value for key, value in (tensors | change).items() if value is not None}
+        with pytest.raises(ValueError, match=message):
+            nf4.from_file("a.weight", given)
+    other = bytes(tensors["a.weight.quant_state.bitsandbytes__nf4"].tolist()).replace(b'size": 64', b'size": 32')
+    with pytest.raises(ValueError, match="only blocks of 64 and 256"):
+        nf4.from_file(
+            "a.weight", tensors | {"a.weight.quant_state.bitsandbytes__nf4": torch.tensor(list(other)).to(torch.uint8)}
+        )

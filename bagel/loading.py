@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 
-from bagel.checkpoint import Checkpoint, resolve_source, verify_checksums
+from bagel.checkpoint import Checkpoint, Convert, resolve_source, verify_checksums
 from bagel.memory import explain_out_of_memory
 from bagel.modeling import Bagel
 from bagel.tokenizer import Tokenizer
@@ -29,12 +29,16 @@ def load_parts(
     token: str | None = None,
     verify: bool = False,
     progress: bool = True,
+    expand: bool = False,
+    convert: Convert | None = None,
 ) -> tuple[Bagel, Autoencoder | None, Tokenizer]:
     """Return model, autoencoder and tokenizer of a folder or Hub id; arguments as `BagelPipeline.from_pretrained`."""
     device = choose_device(device)
     dtype = choose_dtype(dtype, device)
     vae_dtype = choose_vae_dtype(vae_dtype, dtype, device)
-    folder = resolve_source(source, revision=revision, token=token, progress=progress, alone=base is None)
+    folder = resolve_source(
+        source, revision=revision, token=token, progress=progress, alone=base is None, weights=weights
+    )
     base_folder = None if base is None else resolve_source(base, token=token, progress=progress)
     if verify:
         verify_checksums(folder)
@@ -51,7 +55,7 @@ def load_parts(
         way_out="`bagel inspect` says what fits; use dtype=torch.bfloat16, visual_gen=False if you only ask questions, "
         "or a machine with more memory",
     ):
-        checkpoint.load(model, vae, device=device, dtype=dtype, vae_dtype=vae_dtype)
+        checkpoint.load(model, vae, device=device, dtype=dtype, vae_dtype=vae_dtype, expand=expand, convert=convert)
     return model.eval().requires_grad_(False), None if vae is None else vae.eval().requires_grad_(False), tokenizer
 
 

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from PIL import Image
 
+from bagel.checkpoint.load import Convert
 from bagel.generation.batches import draw_all, read_all, stream, working, write_all
 from bagel.generation.reading import Input, check_inputs, check_texts, with_images
 from bagel.generation.session import Session
@@ -82,8 +83,10 @@ class BagelPipeline:
         token: str | None = None,
         verify: bool = False,
         progress: bool = True,
+        expand: bool = False,
+        convert: Convert | None = None,
     ) -> BagelPipeline:
-        """Load a checkpoint in the official layout.
+        """Load a checkpoint in the official layout, or one whose weights are compressed (they stay so).
 
         Args:
             source: a folder, or an id on the Hugging Face Hub such as "ByteDance-Seed/BAGEL-7B-MoT".
@@ -99,6 +102,9 @@ class BagelPipeline:
             revision, token: for the Hub.
             verify: first read every file that the source's SHA256SUMS lists and compare its checksum.
             progress: show download bars.
+            expand: decode compressed weights into `dtype`, for speed where there is the memory.
+            convert: called as `convert(name, linear)` for every dense linear layer when it was filled; what it returns
+                takes the layer's place.
 
         Raises:
             CheckpointError: what is wrong with the files, and the way out; with `verify` also checksums that are
@@ -126,6 +132,8 @@ class BagelPipeline:
             token=token,
             verify=verify,
             progress=progress,
+            expand=expand,
+            convert=convert,
         )
         return cls(model, vae, tokenizer, attention=attention)
 

@@ -73,7 +73,7 @@ def test_load_leaves_nothing_on_meta_and_weights_trainable():
 
 def test_load_in_many_small_steps_gives_the_same_bits(tiny_state, monkeypatch):
     monkeypatch.setattr("bagel.checkpoint.load.STEP_BYTES", 1000)
-    monkeypatch.setattr("bagel.checkpoint.load.REOPEN_BYTES", 5000)
+    monkeypatch.setattr("bagel.checkpoint.sources.base.REOPEN_BYTES", 5000)
     assert_same(open_and_load(TINY), tiny_state)
 
 

@@ -63,7 +63,7 @@ def test_error_blames_the_tensor_that_disagrees_with_all_others(tmp_path, key, s
     assert ";" not in message.partition(". llm_config")[0]
 
 
-@pytest.mark.parametrize("dtype", [torch.int8, torch.int64, torch.float8_e4m3fn, torch.bool])
+@pytest.mark.parametrize("dtype", [torch.int8, torch.int64, torch.uint8, torch.bool])
 def test_error_names_a_tensor_that_is_no_floating_point(tmp_path, dtype):
     message = error_of(make_folder(tmp_path / "c", change=changed(UP, torch.ones(128, 64).to(dtype))))
     assert re.search(rf"holds {re.escape(UP)} as \w+, wanted floating point", message)
@@ -220,12 +220,11 @@ def test_error_for_an_allocation_that_fails_names_the_size(monkeypatch):
     [
         ("pytorch_model.bin", "is a pickle"),
         ("ema.pt", "is a pickle"),
-        ("bagel-q4.gguf", "GGUF layout, which is not supported"),
-        ("model_int8.safetensors", "INT8 layout, which is not supported"),
-        ("ema-FP8.safetensors", "FP8 layout, which is not supported"),
+        ("bagel-q4.gguf", "is no whole GGUF file"),
+        ("model_int8.safetensors", "is no whole safetensors file"),
     ],
 )
-def test_error_for_layouts_that_are_not_read(tmp_path, name, reason):
+def test_error_for_files_that_are_not_read(tmp_path, name, reason):
     folder = make_folder(tmp_path / "c", name=None)
     (folder / name).write_bytes(b"\0" * 64)
     for options in ({}, {"weights": name}):
@@ -237,8 +236,7 @@ def test_error_for_layouts_that_are_not_read(tmp_path, name, reason):
 def test_error_for_compressed_tensors_in_an_ordinary_name(tmp_path):
     change = changed(UP.replace("weight", "encoded_exponent"), torch.zeros(9, dtype=torch.uint8))
     message = error_of(make_folder(tmp_path / "c", change=change, name="model.safetensors"))
-    assert "DF11" in message
-    assert "ByteDance-Seed/BAGEL-7B-MoT" in message
+    assert "language_model.model.layers.1.mlp.up_proj" in message
 
 
 def test_error_for_a_folder_without_weights_lists_what_is_there(tmp_path):

@@ -99,6 +99,8 @@ def test_needed_files_of_the_official_repository():
             ],
             ["m.safetensors.index.json", "m-00001-of-00002.safetensors", "m-00002-of-00002.safetensors"],
         ),
+        (["ema-fp8.safetensors", "ae.safetensors", "a/b.gguf"], ["ema-fp8.safetensors", "ae.safetensors"]),
+        (["README.md", "bagel-q8_0.gguf"], ["bagel-q8_0.gguf"]),
     ],
 )
 def test_needed_files_take_one_set_of_weights(names, weights):
@@ -108,13 +110,12 @@ def test_needed_files_take_one_set_of_weights(names, weights):
 @pytest.mark.parametrize(
     ("names", "reason"),
     [
-        (["bagel-q8_0.gguf"], "GGUF"),
-        (["ema-FP8.safetensors"], "FP8"),
+        (["bagel-q8_0.gguf", "bagel-q4_0.gguf"], r"several files of weights \(bagel-q8_0.gguf, bagel-q4_0.gguf\)"),
         (["pytorch_model.bin"], "pickle"),
         (["README.md"], "no weights"),
     ],
 )
-def test_needed_files_refuse_layouts_before_any_download(names, reason):
+def test_needed_files_are_refused_before_any_download(names, reason):
     with pytest.raises(CheckpointError, match=reason):
         needed_files(names)
 

@@ -19,6 +19,7 @@ ORDER = (
     "processor",
     "formats",
     "kernels",
+    "formats",
     "parameters",
     "embedding",
     "vit",

@@ -11,11 +11,13 @@ from bagel.checkpoint.errors import CheckpointError
 from bagel.checkpoint.export import save_checkpoint, verify_checksums
 from bagel.checkpoint.hub import resolve_source
 from bagel.checkpoint.keys import official_shapes, targets
+from bagel.checkpoint.load import Convert
 from bagel.checkpoint.report import inspect_checkpoint
 
 __all__ = [
     "Checkpoint",
     "CheckpointError",
+    "Convert",
     "inspect_checkpoint",
     "official_shapes",
     "resolve_source",

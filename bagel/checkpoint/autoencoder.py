@@ -9,6 +9,7 @@ import torch
 
 from bagel.checkpoint.errors import CheckpointError
 from bagel.checkpoint.files import TensorFiles
+from bagel.checkpoint.sources.base import Source
 from bagel.checkpoint.stated import Stated
 from bagel.config import ConfigError, VAEConfig
 from bagel.vae import Autoencoder
@@ -52,7 +53,7 @@ def _wanted(config: VAEConfig, weights: TensorFiles) -> Shapes:
         raise CheckpointError(f"{weights.files[0]} has sizes that no autoencoder has: {error}") from error
 
 
-def check_shapes(weights: TensorFiles, wanted: Shapes, hint: str = "") -> None:
+def check_shapes(weights: TensorFiles | Source, wanted: Shapes, hint: str = "") -> None:
     """Raise one CheckpointError for keys that are missing, unknown or of the wrong shape or dtype."""
     where = weights.files[0] if len(weights.files) == 1 else weights.files[0].parent / weights.label
     problems = [

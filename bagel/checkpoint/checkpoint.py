@@ -10,11 +10,12 @@ import torch
 
 from bagel.checkpoint.autoencoder import check_shapes, resolve_vae_config
 from bagel.checkpoint.errors import CheckpointError
-from bagel.checkpoint.files import OFFICIAL, TensorFiles, find_autoencoder, has_tokenizer, read_single, read_weights
+from bagel.checkpoint.files import OFFICIAL, TensorFiles, find_autoencoder, has_tokenizer, read_single
 from bagel.checkpoint.keys import official_shapes
-from bagel.checkpoint.load import load_autoencoder, load_model
+from bagel.checkpoint.load import Convert, load_autoencoder, load_model
 from bagel.checkpoint.measure import measure
 from bagel.checkpoint.resolve import Resolver
+from bagel.checkpoint.sources import Source, open_source
 from bagel.checkpoint.stated import StatedFiles, read_stated
 from bagel.config import BagelConfig
 from bagel.modeling import Bagel
@@ -23,12 +24,12 @@ from bagel.vae import Autoencoder
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """One checkpoint, opened but not read: only JSON files and safetensors headers.
+    """One checkpoint, opened but not read: only JSON files and the headers of its weights.
 
     Attributes:
         folder: where it lies.
         config: what will be built; halves that are missing or were left out are off.
-        weights: the model's files and every tensor's shape and dtype.
+        weights: the model's files, their format, and every tensor's shape and dtype.
         vae: the autoencoder's file, None without a generating half.
         tokenizer_home: the folder whose tokenizer belongs to it, None if there is none; see `tokenizer_folder`.
         notes: where its files disagree and which one was followed, a sentence each.
@@ -37,7 +38,7 @@ class Checkpoint:
 
     folder: Path
     config: BagelConfig
-    weights: TensorFiles
+    weights: Source
     vae: TensorFiles | None
     tokenizer_home: Path | None
     notes: tuple[str, ...]
@@ -83,7 +84,7 @@ class Checkpoint:
         place = _folder(folder)
         base_place = None if base is None else _folder(base)
         stated = read_stated(place, base_place)
-        found = read_weights(place, weights)
+        found = open_source(place, weights)
         measured = measure(found.shapes)
         resolver = Resolver(measured, stated, list(stated.notes))
         vae_file = find_autoencoder(*filter(None, (place, base_place)))
@@ -115,11 +116,14 @@ class Checkpoint:
         device: torch.device | str = "cpu",
         dtype: torch.dtype | None = None,
         vae_dtype: torch.dtype | None = None,
+        expand: bool = False,
+        convert: Convert | None = None,
     ) -> None:
         """Fill a model and an autoencoder that were built on the meta device, tensor by tensor, where they shall live.
 
-        Beyond the weights' destination this takes less than 1 GiB of host memory. The sin-cos tables keep the dtype
-        they are stored in.
+        Linear layers whose weights are compressed stay so, and are expanded only while they multiply: the model then
+        takes on the device what it takes on the disk. Beyond the weights' destination this takes less than 1 GiB of
+        host memory. The sin-cos tables keep the dtype they are stored in.
 
         Args:
             model: `Bagel(checkpoint.config)` built under `torch.device("meta")`.
@@ -127,6 +131,10 @@ class Checkpoint:
             device: where the weights go.
             dtype: floating-point type of the model's weights; None keeps the stored ones.
             vae_dtype: the same for the autoencoder.
+            expand: decode compressed weights into `dtype` while they are read, so that every layer is dense.
+            convert: called as `convert(name, linear)` for every dense linear layer right after it was filled; what it
+                returns takes the layer's place. So a model that is quantised while it is loaded is never whole in
+                `dtype`. Layers that stay compressed are not shown to it.
 
         Raises:
             CheckpointError: for a file that is damaged or changed since `open`, weights that are NaN or infinite, a
@@ -135,9 +143,10 @@ class Checkpoint:
         """
         if vae is not None and self.vae is None:
             raise CheckpointError(f"{self.folder} was opened without an autoencoder: pass vae=None")
-        load_model(model, self.weights, self.config, device=torch.device(device), dtype=dtype)
+        place = torch.device(device)
+        load_model(model, self.weights, self.config, device=place, dtype=dtype, expand=expand, convert=convert)
         if vae is not None and self.vae is not None:
-            load_autoencoder(vae, self.vae, device=torch.device(device), dtype=vae_dtype)
+            load_autoencoder(vae, self.vae, device=place, dtype=vae_dtype)
 
 
 def _folder(source: str | Path) -> Path:
@@ -152,7 +161,7 @@ def _folder(source: str | Path) -> Path:
     return place
 
 
-def _check_weights(found: TensorFiles, config: BagelConfig, stated: StatedFiles, *, idle_gen: bool) -> None:
+def _check_weights(found: Source, config: BagelConfig, stated: StatedFiles, *, idle_gen: bool) -> None:
     wanted = official_shapes(config)
     if idle_gen:
         # Idle gen experts of an understanding-only run: known tensors, of the right shape or not, that are not read.

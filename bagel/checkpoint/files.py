@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import math
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +17,13 @@ WEIGHT_NAMES = ("ema.safetensors", "model.safetensors", "model_bf16.safetensors"
 AUTOENCODER_NAMES = ("ae.safetensors", "vae/ae.safetensors")
 TOKENIZER_FILES = ("vocab.json", "tokenizer.json")
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
-COMPRESSED_NAMES = ("df11", "int8", "fp8", "nf4", "int4")
-COMPRESSED_KEYS = (".encoded_exponent", ".sign_mantissa", ".output_positions", ".luts")
+READABLE = (".safetensors", ".gguf")
+UNITS_FIELD = "dfloat11_config"
+"""What `config.json` has where the weights are DFloat11 units."""
+UNIT_KEY = ".encoded_exponent"
+"""How the first tensor of a DFloat11 unit is called."""
+ESSENTIAL = ("language_model.model.embed_tokens", "language_model.model.norm.weight")
+"""What keys of every whole model hold."""
 OFFICIAL = "ByteDance-Seed/BAGEL-7B-MoT"
 
 DTYPE_BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "I16": 2}
@@ -25,11 +31,17 @@ DTYPE_BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "I16
 
 @dataclass(frozen=True)
 class TensorEntry:
-    """One tensor as a header describes it; `dtype` in the names of safetensors (`BF16`)."""
+    """One tensor as a header describes it; `dtype` in the names of safetensors (`BF16`).
+
+    A compressed one has the shape and dtype that are meant, says in `kind` how it is stored, and in `size` in how many
+    bytes.
+    """
 
     file: Path
     shape: tuple[int, ...]
     dtype: str
+    kind: str = ""
+    size: int | None = None
 
     @property
     def numel(self) -> int:
@@ -39,16 +51,22 @@ class TensorEntry:
     @property
     def nbytes(self) -> int:
         """Bytes in the file."""
-        return self.numel * DTYPE_BYTES.get(self.dtype, 1)
+        return self.numel * DTYPE_BYTES.get(self.dtype, 1) if self.size is None else self.size
+
+    @property
+    def stored_as(self) -> str:
+        """How it is stored."""
+        return self.kind or self.dtype
 
 
 @dataclass(frozen=True)
 class TensorFiles:
-    """One set of tensors in one safetensors file or several shards; `stamps` tell whether a file changed since."""
+    """One set of tensors in one safetensors file or several; `stamps` tell whether a file changed since."""
 
     label: str
     entries: dict[str, TensorEntry]
     stamps: dict[Path, tuple[int, int]]
+    metadata: dict[str, str] = field(default_factory=dict)
 
     @property
     def files(self) -> tuple[Path, ...]:
@@ -90,20 +108,35 @@ def open_tensors(file: Path) -> Any:
         ) from error
 
 
-def read_header(file: Path) -> dict[str, TensorEntry]:
-    """Return every tensor's shape and dtype from the header of one file."""
+def read_header(file: Path) -> tuple[dict[str, TensorEntry], dict[str, str]]:
+    """Return every tensor's shape and dtype from the header of one file, and its metadata."""
     with open_tensors(file) as handle:
         entries = {}
         for key in handle.keys():  # noqa: SIM118 (the handle is no dict)
             tensor = handle.get_slice(key)
             entries[key] = TensorEntry(file, tuple(tensor.get_shape()), str(tensor.get_dtype()))
-    return entries
+        return entries, handle.metadata() or {}
 
 
 def read_single(file: Path) -> TensorFiles:
     """Read the header of one safetensors file."""
     mark = stamp(file)
-    return TensorFiles(file.name, read_header(file), {file: mark})
+    entries, metadata = read_header(file)
+    return TensorFiles(file.name, entries, {file: mark}, metadata)
+
+
+def read_several(files: list[Path]) -> TensorFiles:
+    """Read the headers of files that hold one model between them; raises CheckpointError for a key that two hold."""
+    entries: dict[str, TensorEntry] = {}
+    stamps: dict[Path, tuple[int, int]] = {}
+    metadata: dict[str, str] = {}
+    for file in files:
+        found = read_single(file)
+        twice = [key for key in found.entries if key in entries]
+        if twice:
+            raise CheckpointError(f"{file} and {entries[twice[0]].file} both hold {quoted(twice)}; remove one of them")
+        entries, stamps, metadata = entries | found.entries, stamps | found.stamps, metadata | found.metadata
+    return TensorFiles(f"{len(files)} files", entries, stamps, metadata)
 
 
 def read_sharded(index: Path) -> TensorFiles:
@@ -115,6 +148,7 @@ def read_sharded(index: Path) -> TensorFiles:
         raise CheckpointError(f"{index} is not a safetensors index ({error!r}); fetch it again") from error
     entries: dict[str, TensorEntry] = {}
     stamps: dict[Path, tuple[int, int]] = {}
+    metadata: dict[str, str] = {}
     for name in sorted(set(listed.values())):
         file = index.parent / name
         if Path(name).name != name or not name.endswith(".safetensors"):
@@ -125,14 +159,16 @@ def read_sharded(index: Path) -> TensorFiles:
                 f"the shard {file} is missing; {index.name} puts {count} tensors there; fetch it again"
             )
         stamps[file] = stamp(file)
-        for key, entry in read_header(file).items():
+        header, more = read_header(file)
+        metadata |= more
+        for key, entry in header.items():
             if listed.get(key) != name:
                 raise CheckpointError(f"{file} holds {key}, but {index.name} has it in {listed.get(key, 'no shard')}")
             entries[key] = entry
     absent = [key for key in listed if key not in entries]
     if absent:
         raise CheckpointError(f"{index.parent / listed[absent[0]]} lacks {quoted(absent)} that {index.name} puts there")
-    return TensorFiles(index.name, entries, stamps)
+    return TensorFiles(index.name, entries, stamps, metadata)
 
 
 def quoted(names: list[str], limit: int = 5) -> str:
@@ -141,32 +177,29 @@ def quoted(names: list[str], limit: int = 5) -> str:
     return ", ".join(names[:limit]) + more
 
 
-def read_weights(folder: Path, name: str | None = None) -> TensorFiles:
-    """Choose and read the headers of the model's weights in a folder.
+def choose_weights(folder: Path, name: str | None = None) -> list[Path]:
+    """Return the file of the model's weights in a folder, or its index, or the several that hold DFloat11 units.
 
-    Without a name: `ema.safetensors`, `model.safetensors`, `model_bf16.safetensors`, then an index with its shards.
-    Raises CheckpointError for pickles, compressed layouts, several indices, and folders without weights.
+    Without a name: `ema.safetensors`, `model.safetensors`, `model_bf16.safetensors`, then an index with its shards,
+    then the only file there is. Raises CheckpointError for pickles, a choice to be made, and folders without weights.
     """
     file = folder / name if name else _choose(folder)
-    refuse_name(file)
+    if isinstance(file, list):
+        return file
+    refuse_pickle(file)
     if not file.is_file():
         raise CheckpointError(f"{file} does not exist; {folder} holds {_listing(folder)}")
-    if file.suffix not in (".safetensors", ".json"):
-        raise CheckpointError(f"{file} is not a safetensors file; only *.safetensors or its index can be read")
-    weights = read_sharded(file) if file.suffix == ".json" else read_single(file)
-    compressed = [key for key in weights.entries if key.endswith(COMPRESSED_KEYS)]
-    if compressed:
+    if file.suffix not in (*READABLE, ".json"):
         raise CheckpointError(
-            f"{file} holds compressed DF11 tensors (such as {compressed[0]}), a layout that is not supported; "
-            f"use the weights of {OFFICIAL}"
+            f"{file} is neither a safetensors nor a GGUF file; only *.safetensors, its index, or *.gguf can be read"
         )
-    return weights
+    return [file]
 
 
-def _choose(folder: Path) -> Path:
+def _choose(folder: Path) -> Path | list[Path]:
     for name in WEIGHT_NAMES:
         if (folder / name).is_file():
-            return folder / name
+            return _with_units(folder / name)
     indices = sorted(folder.glob("*.safetensors.index.json"))
     if len(indices) > 1:
         raise CheckpointError(
@@ -174,29 +207,49 @@ def _choose(folder: Path) -> Path:
         )
     if indices:
         return indices[0]
+    there = weight_files([file.name for file in sorted(folder.iterdir()) if file.is_file()])
+    if len(there) == 1:
+        return folder / there[0]
+    if there:
+        found = _with_units(folder / there[0])
+        if isinstance(found, list):
+            return found
+        raise CheckpointError(f"{folder} holds several files of weights ({quoted(there)}); name one as weights")
     for file in sorted(folder.iterdir()):
-        if file.name not in AUTOENCODER_NAMES:
-            refuse_name(file)
+        refuse_pickle(file)
     raise CheckpointError(
-        f"{folder} holds no weights: wanted one of {', '.join(WEIGHT_NAMES)} or *.safetensors.index.json, "
-        f"found {_listing(folder)}"
+        f"{folder} holds no weights: wanted one of {', '.join(WEIGHT_NAMES)}, *.safetensors.index.json or one "
+        f"*.safetensors or *.gguf, found {_listing(folder)}"
     )
 
 
-def refuse_name(file: Path) -> None:
-    """Raise CheckpointError if a file's name is that of a pickle or of a layout that is not supported."""
-    name = file.name.lower()
-    if name.endswith(PICKLES):
+def weight_files(names: Sequence[str]) -> list[str]:
+    """Return which files of a folder may hold weights of the model, by their names' endings."""
+    return [name for name in names if name.endswith(READABLE) and name not in AUTOENCODER_NAMES and "/" not in name]
+
+
+def _with_units(file: Path) -> Path | list[Path]:
+    """Return a file of weights, with all its neighbours where it is not whole and one of them holds units.
+
+    A DFloat11 release keeps every unit of its weights in a file of its own, whose name says nothing.
+    """
+    if file.suffix != ".safetensors":
+        return file
+    keys = read_header(file)[0]
+    if all(any(part in key for key in keys) for part in ESSENTIAL):
+        return file
+    names = weight_files([other.name for other in sorted(file.parent.iterdir())])
+    several = [file.parent / name for name in names if name.endswith(".safetensors")]
+    has_units = any(key.endswith(UNIT_KEY) for other in several for key in read_header(other)[0])
+    return several if has_units and len(several) > 1 else file
+
+
+def refuse_pickle(file: Path) -> None:
+    """Raise CheckpointError if a file's name is that of a pickle."""
+    if file.name.lower().endswith(PICKLES):
         raise CheckpointError(
-            f"{file} is a pickle, which can run any code when it is read; only safetensors are read: "
+            f"{file} is a pickle, which can run any code when it is read; only safetensors and GGUF are read: "
             "convert it with safetensors.torch.save_file where you trust it"
-        )
-    if name.endswith(".gguf"):
-        raise CheckpointError(f"{file} is in the GGUF layout, which is not supported; use the weights of {OFFICIAL}")
-    layout = next((word for word in COMPRESSED_NAMES if word in name), None)
-    if layout and name.endswith((".safetensors", ".safetensors.index.json")):
-        raise CheckpointError(
-            f"{file} is in the {layout.upper()} layout, which is not supported; use the weights of {OFFICIAL}"
         )
 
 

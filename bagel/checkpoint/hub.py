@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fnmatch
 import hashlib
+import json
 import os
 import re
 from collections.abc import Sequence
@@ -16,13 +17,16 @@ from bagel.checkpoint.errors import CheckpointError
 from bagel.checkpoint.files import (
     AUTOENCODER_NAMES,
     OFFICIAL,
+    UNITS_FIELD,
     WEIGHT_NAMES,
     find_autoencoder,
     has_tokenizer,
-    read_weights,
-    refuse_name,
+    quoted,
+    refuse_pickle,
+    weight_files,
 )
 from bagel.checkpoint.measure import measure
+from bagel.checkpoint.sources import open_source
 
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 SMALL_FILES = ("*.json", "merges.txt", "*.model", "SHA256SUMS")
@@ -42,6 +46,7 @@ def resolve_source(
     token: str | bool | None = None,
     progress: bool = True,
     alone: bool = True,
+    weights: str | None = None,
 ) -> Path:
     """Return the folder of a checkpoint, fetching it from the Hub if `source` is no folder but a Hub id.
 
@@ -55,6 +60,7 @@ def resolve_source(
         token: Hub token; None takes the one of the client's login.
         progress: show progress bars on a terminal.
         alone: a cached copy is whole only with tokenizer and autoencoder; False where another folder supplies them.
+        weights: which file of weights, or which index, where a repository has several.
 
     Raises:
         CheckpointError: no folder and no Hub id, an unknown or closed repository, no network.
@@ -74,19 +80,20 @@ def resolve_source(
         raise CheckpointError(
             f"{str(source)!r} is neither an existing folder nor a Hub id (such as {OFFICIAL}); check its spelling"
         )
-    return _fetch(source, revision=revision, token=token, progress=progress, alone=alone)
+    return _fetch(source, revision=revision, token=token, progress=progress, alone=alone, weights=weights)
 
 
-def needed_files(names: Sequence[str]) -> list[str]:
+def needed_files(names: Sequence[str], *, weights: str | None = None, units: bool = False) -> list[str]:
     """Return which of a repository's files a checkpoint needs, each once.
 
-    Raises CheckpointError if there are no weights among them, or only such as cannot be read.
+    Args:
+        names: all its files.
+        weights: the file of weights, or the index, where there are several.
+        units: the weights are DFloat11 units, each in a file of its own: all of them are needed.
+
+    Raises:
+        CheckpointError: there are no weights among them, only such as cannot be read, or a choice to be made.
     """
-    weights = next(([name] for name in WEIGHT_NAMES if name in names), None) or _sharded(names)
-    if not weights:
-        for name in names:
-            refuse_name(Path(name))
-        raise CheckpointError(f"no weights among its files: wanted one of {', '.join(WEIGHT_NAMES)} or shards")
     small = [
         name
         for name in names
@@ -94,20 +101,49 @@ def needed_files(names: Sequence[str]) -> list[str]:
         and any(fnmatch.fnmatchcase(name, pattern) for pattern in SMALL_FILES)
         and not name.endswith(INDEX)
     ]
+    chosen = _units(names) if units and weights is None else _weights(names, weights)
     autoencoder = [name for name in AUTOENCODER_NAMES if name in names][:1]
-    return [*small, *weights, *autoencoder]
+    return [*small, *chosen, *autoencoder]
 
 
-def _sharded(names: Sequence[str]) -> list[str]:
+def _weights(names: Sequence[str], asked: str | None) -> list[str]:
+    if asked is not None and asked not in names:
+        raise CheckpointError(f"no {asked} among its files: it has {quoted(weight_files(names)) or 'no weights'}")
+    if asked is not None:
+        refuse_pickle(Path(asked))
+        return _shards(names, asked) if asked.endswith(INDEX) else [asked]
+    known = next((name for name in WEIGHT_NAMES if name in names), None)
     index = next((name for name in sorted(names) if name.endswith(INDEX) and "/" not in name), None)
-    if index is None:
-        return []
-    refuse_name(Path(index))
+    if known or index:
+        return [known] if known else _shards(names, index or "")
+    there = weight_files(names)
+    if len(there) > 1:
+        raise CheckpointError(f"several files of weights ({quoted(there)}): name one with weights=...")
+    for name in () if there else names:
+        refuse_pickle(Path(name))
+    if not there:
+        raise CheckpointError(f"no weights among its files: wanted one of {', '.join(WEIGHT_NAMES)} or shards")
+    return there
+
+
+def _units(names: Sequence[str]) -> list[str]:
+    return [name for name in weight_files(names) if name.endswith(".safetensors")]
+
+
+def _shards(names: Sequence[str], index: str) -> list[str]:
     stem = index.removesuffix(INDEX)
     return [index, *(name for name in names if fnmatch.fnmatchcase(name, f"{stem}-*-of-*.safetensors"))]
 
 
-def _fetch(repo_id: str, *, revision: str | None, token: str | bool | None, progress: bool, alone: bool) -> Path:
+def _fetch(
+    repo_id: str,
+    *,
+    revision: str | None,
+    token: str | bool | None,
+    progress: bool,
+    alone: bool,
+    weights: str | None,
+) -> Path:
     import huggingface_hub as hub
     from huggingface_hub import constants, errors
 
@@ -121,7 +157,8 @@ def _fetch(repo_id: str, *, revision: str | None, token: str | bool | None, prog
         info = hub.HfApi(token=token).model_info(repo_id, revision=revision, files_metadata=True)
         listed = True
         sizes = {file.rfilename: file.size or 0 for file in info.siblings or ()}
-        files = needed_files(list(sizes))
+        units = "config.json" in sizes and _has_units(repo_id, info.sha, token)
+        files = needed_files(list(sizes), weights=weights, units=units)
         for name in files:
             if RESUMABLE_BYTES[0] <= sizes[name] <= RESUMABLE_BYTES[1]:
                 _fetch_by_ranges(repo_id, name, revision=info.sha, token=token, bar=bar)
@@ -143,7 +180,7 @@ def _fetch(repo_id: str, *, revision: str | None, token: str | bool | None, prog
             f"read; check its spelling, or pass token=... if it is private; {by_hand}"
         ) from error
     except Exception as error:  # the client lets errors of several HTTP libraries through
-        cached = None if listed else _cached(repo_id, revision, alone=alone)
+        cached = None if listed else _cached(repo_id, revision, alone=alone, weights=weights)
         if cached is not None:
             return cached
         reason = (str(error) or type(error).__name__).partition("\n")[0]
@@ -153,17 +190,29 @@ def _fetch(repo_id: str, *, revision: str | None, token: str | bool | None, prog
         ) from error
 
 
-def _cached(repo_id: str, revision: str | None, *, alone: bool) -> Path | None:
+def _has_units(repo_id: str, revision: str | None, token: str | bool | None) -> bool:
+    """Whether a repository's configuration says that its weights are DFloat11 units; one that is no JSON does not."""
+    import huggingface_hub as hub
+
+    path = hub.hf_hub_download(repo_id, "config.json", revision=revision, token=token)
+    try:
+        return UNITS_FIELD in json.loads(Path(path).read_text(encoding="utf-8-sig"))
+    except (ValueError, TypeError, RecursionError):
+        return False
+
+
+def _cached(repo_id: str, revision: str | None, *, alone: bool, weights: str | None) -> Path | None:
     """Return the folder of a copy in the client's cache if it holds all that loading needs."""
     import huggingface_hub as hub
 
-    names = (*WEIGHT_NAMES, f"model{INDEX}", "llm_config.json", "config.json")
+    named = () if weights is None else (weights,)
+    names = (*named, *WEIGHT_NAMES, f"model{INDEX}", "llm_config.json", "config.json")
     found = (hub.try_to_load_from_cache(repo_id, name, revision=revision) for name in names)
     folder = next((Path(file).parent for file in found if isinstance(file, str)), None)
     if folder is None:
         return None
     try:
-        has_gen = measure(read_weights(folder).shapes).has_gen_glue
+        has_gen = measure(open_source(folder, weights).shapes).has_gen_glue
     except CheckpointError:
         return None
     whole = not alone or (has_tokenizer(folder) and (not has_gen or find_autoencoder(folder) is not None))

@@ -89,7 +89,7 @@ class _Sum:
             self.tensors += 1
             self.values += entry.numel
             self.nbytes += entry.nbytes
-            self.dtypes = (*self.dtypes, entry.dtype) if entry.dtype not in self.dtypes else self.dtypes
+            self.dtypes = tuple(dict.fromkeys((*self.dtypes, entry.stored_as)))
         return self
 
     def row(self, name: str) -> str:
@@ -138,7 +138,9 @@ def _files(checkpoint: Checkpoint) -> list[str]:
     files = [*checkpoint.weights.files]
     file = checkpoint.vae_file or find_autoencoder(checkpoint.folder)
     files += [file] if file else []
-    return ["files", *(f"  {file}  {_size(file.stat().st_size)}" for file in files)]
+    kind = checkpoint.weights.format
+    title = "files" if kind == "safetensors" else f"files (weights in the format {kind})"
+    return [title, *(f"  {file}  {_size(file.stat().st_size)}" for file in files)]
 
 
 def _listed(title: str, sentences: Iterable[str]) -> list[str]:

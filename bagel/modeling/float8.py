@@ -45,6 +45,16 @@ class Float8Linear(nn.Module):
         self.register_buffer("scale", scale)  # (out, 1) float32
         self.bias = linear.bias
 
+    @classmethod
+    def stored(cls, weight: Tensor, scale: Tensor, bias: nn.Parameter | None) -> Float8Linear:
+        """Return the layer of a weight (out, in) that is quantised already, and its scales (out, 1) float32."""
+        layer = cls.__new__(cls)
+        nn.Module.__init__(layer)
+        layer.register_buffer("weight", weight)
+        layer.register_buffer("scale", scale)
+        layer.bias = bias
+        return layer
+
     def forward(self, x: Tensor | Rows, *, add: Tensor | None = None) -> Tensor:
         """Map x (T, in) to (T, out) of its type, and add `add`; a single token on a GPU is not quantised itself."""
         if isinstance(x, Rows) and x.values.dtype != FORMAT:  # of a float16 model, whose products are scaled
@@ -56,9 +66,20 @@ class Float8Linear(nn.Module):
         y = self._product(x if isinstance(x, Rows) else round_rows(x, ROUNDING))
         return y if add is None else add + y
 
-    def dense(self, dtype: torch.dtype | None = None) -> Tensor:
-        """Return the weight (out, in) that the layer multiplies by, in a floating-point type; float32 by default."""
-        return (self.weight.float() * self.scale).to(dtype or torch.float32)
+    @property
+    def in_features(self) -> int:
+        """Channels that come in."""
+        return self.weight.shape[1]
+
+    @property
+    def out_features(self) -> int:
+        """Channels that go out."""
+        return self.weight.shape[0]
+
+    def dense(self, dtype: torch.dtype | None = None, *, rows: slice | None = None) -> Tensor:
+        """Return the weight (out, in), or some rows, that the layer multiplies by; float32 by default."""
+        part = rows or slice(None)
+        return (self.weight[part].float() * self.scale[part]).to(dtype or torch.float32)
 
     def _product(self, x: Rows) -> Tensor:
         bias = self.bias

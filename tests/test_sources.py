@@ -1,0 +1,235 @@
+"""Compressed checkpoints in safetensors files, each written by hand in its own layout, loaded kept and expanded."""
+
+from __future__ import annotations
+
+import json
+import math
+
+import pytest
+import torch
+from checkpoint_variants import build, make_folder, weights_of
+from compressed import assert_holds, described, is_matrix, loaded, weights
+from safetensors.torch import save_file
+
+from bagel.checkpoint import Checkpoint, CheckpointError, inspect_checkpoint
+from bagel.modeling.float8 import Float8Linear
+from bagel.modeling.linear import Linear
+from bagel.modeling.stored.scaled import ScaledLinear
+
+UP = "language_model.model.layers.1.mlp.up_proj.weight"
+E4M3, E5M2 = torch.float8_e4m3fn, torch.float8_e5m2
+
+
+def error_of(folder, **options) -> str:
+    with pytest.raises(CheckpointError) as caught:
+        loaded(folder, **options)
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+def named(key: str) -> str:
+    return key.removesuffix(".weight")
+
+
+# 8-bit floats, three generations --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [E4M3, E5M2])
+def test_weights_that_were_only_cast(tmp_path, dtype):
+    tensors = {key: tensor.to(dtype) if tensor.ndim == 2 else tensor for key, tensor in weights_of().items()}
+    kept = assert_holds(weights(tmp_path / "c", tensors, name="ema-fp8.safetensors"), tensors)
+    assert {module.weight.dtype for module in kept.modules() if isinstance(module, ScaledLinear)} == {dtype}
+    assert not any(isinstance(module, Linear | Float8Linear) for module in kept.modules())
+    assert kept.dtype == torch.float32  # of what is no linear layer
+
+
+def test_everything_cast_loads_too(tmp_path):
+    tensors = {key: tensor.to(E4M3) for key, tensor in weights_of().items()}
+    assert_holds(weights(tmp_path / "c", tensors), tensors)
+
+
+def scaled(dtype=E4M3, *, rows: bool = False):
+    """Quantised matrices, their scales, and what both mean."""
+    found, scales, meant = {}, {}, {}
+    for key, tensor in weights_of().items():
+        found[key], meant[key] = tensor, tensor
+        if is_matrix(key):
+            exact = tensor.float()
+            scale = (exact.abs().amax(1, keepdim=True) if rows else exact.abs().max()) / 448
+            found[key], scales[key] = (exact / scale).to(dtype), scale
+            meant[key] = found[key].float() * scale
+    return found, scales, meant
+
+
+@pytest.mark.parametrize(("marker", "kind"), [(0, Float8Linear), (1, Float8Linear), (2, ScaledLinear)])
+@pytest.mark.parametrize("prefix", ["", "model.diffusion_model."])
+def test_scaled_fp8(tmp_path, marker, kind, prefix):
+    found, scales, meant = scaled()
+    tensors = {prefix + key: tensor for key, tensor in found.items()}
+    tensors |= {f"{prefix}{named(key)}.scale_weight": scale for key, scale in scales.items()}
+    tensors |= {f"{prefix}{named(key)}.scale_input": torch.ones(()) for key in scales}
+    tensors[f"{prefix}scaled_fp8"] = torch.empty(marker, dtype=E4M3)
+    kept = assert_holds(weights(tmp_path / "c", tensors), meant)
+    layers = [module for module in kept.modules() if isinstance(module, Float8Linear | ScaledLinear)]
+    assert [type(layer) for layer in layers] == [kind] * 24
+
+
+def test_scaled_fp8_in_the_wider_type_is_multiplied_as_it_is(tmp_path):
+    found, scales, meant = scaled(E5M2)
+    tensors = found | {f"{named(key)}.scale_weight": scale for key, scale in scales.items()}
+    tensors["scaled_fp8"] = torch.empty(0, dtype=E5M2)
+    kept = assert_holds(weights(tmp_path / "c", tensors), meant)
+    assert not any(isinstance(module, Float8Linear) for module in kept.modules())
+
+
+@pytest.mark.parametrize("by_metadata", [True, False])
+@pytest.mark.parametrize("rows", [True, False])
+def test_comfy_quant(tmp_path, by_metadata, rows):
+    found, scales, meant = scaled(rows=rows)
+    tensors = found | {f"{named(key)}.weight_scale": scale for key, scale in scales.items()}
+    tensors |= {f"{named(key)}.input_scale": torch.ones(()) for key in scales}
+    layers = {named(key): {"format": "float8_e4m3fn"} for key in scales}
+    exact = named(UP)
+    layers[exact]["full_precision_matrix_mult"] = True
+    if by_metadata:
+        said = {"_quantization_metadata": json.dumps({"format_version": "1.0", "layers": layers})}
+        kept = assert_holds(weights(tmp_path / "c", tensors, metadata=said), meant)
+    else:
+        tensors |= {f"{name}.comfy_quant": described(value) for name, value in layers.items()}
+        kept = assert_holds(weights(tmp_path / "c", tensors), meant)
+    assert sum(isinstance(module, Float8Linear) for module in kept.modules()) >= 23
+
+
+@pytest.mark.parametrize("rows", [True, False])
+def test_comfy_int8(tmp_path, rows):
+    found, scales, meant, layers = {}, {}, {}, {}
+    for key, tensor in weights_of().items():
+        found[key], meant[key] = tensor, tensor
+        if is_matrix(key):
+            exact = tensor.float()
+            scale = (exact.abs().amax(1) if rows else exact.abs().max()) / 127
+            scales[f"{named(key)}.weight_scale"] = scale
+            by_row = scale[:, None] if rows else scale
+            found[key] = (exact / by_row).round().to(torch.int8)
+            meant[key] = found[key].float() * by_row
+            layers[f"{named(key)}.comfy_quant"] = described({"format": "int8_tensorwise"})
+    folder = weights(tmp_path / "c", found | scales | layers)
+    assert_holds(folder, meant)
+    assert Checkpoint.open(folder).weights.format == "int8"
+
+
+def test_comfy_int8_in_blocks(tmp_path):
+    found, extra, meant = {}, {}, {}
+    for key, tensor in weights_of().items():
+        found[key], meant[key] = tensor, tensor
+        if is_matrix(key):
+            blocks = tuple(math.ceil(side / 128) for side in tensor.shape)
+            scale = 0.01 + torch.rand(blocks, generator=torch.Generator().manual_seed(len(found)))
+            found[key] = torch.randint(-127, 128, tensor.shape, dtype=torch.int8)
+            extra |= {f"{named(key)}.weight_scale": scale}
+            extra |= {f"{named(key)}.comfy_quant": described({"format": "int8_blockwise"})}
+            wide = scale.repeat_interleave(128, 0).repeat_interleave(128, 1)
+            meant[key] = found[key].float() * wide[: tensor.shape[0], : tensor.shape[1]]
+    assert_holds(weights(tmp_path / "c", found | extra), meant)
+
+
+@pytest.mark.parametrize(
+    ("format_", "says"),
+    [
+        ({"format": "nvfp4"}, "in the format nvfp4, which is not read; there are float8_e4m3fn"),
+        ({"format": "mxfp8"}, "in the format mxfp8"),
+        ({"format": "int8_tensorwise", "convrot": True}, "rotated (convrot)"),
+        ({"format": "float8_e5m2"}, "is float8_e5m2, but stores F8_E4M3"),
+    ],
+)
+def test_formats_that_are_not_read_are_named(tmp_path, format_, says):
+    found, scales, _ = scaled()
+    tensors = found | {f"{named(key)}.weight_scale": scale for key, scale in scales.items()}
+    tensors[f"{named(UP)}.comfy_quant"] = described(format_)
+    if format_["format"] == "int8_tensorwise":
+        tensors[UP] = tensors[UP].view(torch.int8)
+    message = error_of(weights(tmp_path / "c", tensors))
+    assert says in message
+    assert UP in message
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        ({f"{named(UP)}.weight_scale": torch.ones(5)}, "has a scale of shape 5 (F32)"),
+        ({f"{named(UP)}.weight_scale": torch.tensor(math.inf)}, "NaN or infinite"),
+        ({f"{named(UP)}.comfy_quant": torch.tensor([123], dtype=torch.uint8)}, "comfy_quant is not valid JSON"),
+        ({UP: torch.ones(128, 63).to(E4M3)}, f"{UP} with shape 128x63, wanted 128x64"),
+        ({UP: torch.full((128, 64), math.nan).to(E4M3)}, "NaN or infinite"),
+        ({UP: torch.ones(128, 64, dtype=torch.int8)}, f"holds {UP} as I8, wanted floating point"),
+    ],
+)
+def test_damaged_8_bit_weights_are_named(tmp_path, change, says):
+    found, scales, _ = scaled()
+    tensors = found | {f"{named(key)}.weight_scale": scale for key, scale in scales.items()} | change
+    assert says in error_of(weights(tmp_path / "c", tensors))
+
+
+# Which files ----------------------------------------------------------------------------------------------------------
+
+
+def test_a_choice_between_files_is_asked_for(tmp_path):
+    folder = weights(tmp_path / "c", weights_of(), name="one.safetensors")
+    loaded(folder)
+    save_file(weights_of(), folder / "two.safetensors")
+    assert "several files of weights (one.safetensors, two.safetensors); name one as weights" in error_of(folder)
+    Checkpoint.open(folder, weights="two.safetensors")
+
+
+def test_inspect_says_how_weights_are_stored(tmp_path):
+    found, scales, _ = scaled()
+    tensors = found | {f"{named(key)}.weight_scale": scale for key, scale in scales.items()}
+    text = inspect_checkpoint(weights(tmp_path / "c", tensors))
+    assert "F8_E4M3" in text
+    assert "float8" in text
+
+
+# Converting while loading ---------------------------------------------------------------------------------------------
+
+
+def test_convert_sees_every_linear_layer_once_and_takes_its_place(tmp_path):
+    folder, seen = make_folder(tmp_path / "c"), {}
+
+    def convert(name, linear):
+        assert not linear.weight.is_meta
+        assert linear.bias is None or not linear.bias.is_meta
+        seen[name] = linear.weight.clone()
+        return ScaledLinear.of(linear) if "decoder.layers" in name else linear
+
+    model, plain = loaded(folder, convert=convert), loaded(folder)
+    linears = {name: part for name, part in plain.named_modules() if isinstance(part, torch.nn.Linear)}
+    assert seen.keys() == linears.keys()
+    assert all(torch.equal(seen[name], linear.weight) for name, linear in linears.items())
+    assert sum(isinstance(module, ScaledLinear) for module in model.modules()) == 24
+    assert not any(tensor.is_meta for tensor in (*model.parameters(), *model.buffers()))
+
+
+def test_convert_holds_the_dense_layers_of_one_decoder_layer_at_most(tmp_path):
+    checkpoint = Checkpoint.open(make_folder(tmp_path / "c"))
+    model, _ = build(checkpoint)
+    dense = []
+
+    def convert(name, linear):
+        parts = [part for part in model.modules() if isinstance(part, torch.nn.Linear)]
+        dense.append(sum(not part.weight.is_meta for part in parts))
+        return ScaledLinear.of(linear)
+
+    checkpoint.load(model, dtype=torch.float32, convert=convert)
+    assert len(dense) > 30
+    assert max(dense) <= 9  # the file is sorted by name: the eight of a layer, and one of the next
+
+
+def test_convert_counts_only_the_largest_layer_as_dense(tmp_path, monkeypatch):
+    folder = make_folder(tmp_path / "c")
+    plain = loaded(folder)
+    weights = [part.weight.nbytes for part in plain.modules() if isinstance(part, torch.nn.Linear)]
+    need = sum(tensor.nbytes for tensor in plain.state_dict().values()) - sum(weights) + max(weights)
+    monkeypatch.setattr("bagel.checkpoint.load.free_bytes", lambda device: need)
+    loaded(folder, convert=lambda name, linear: ScaledLinear.of(linear))
+    with pytest.raises(MemoryError, match="more than cpu has free"):
+        loaded(folder)

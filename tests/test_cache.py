@@ -39,7 +39,8 @@ def model(request) -> Bagel:
 
 
 def new_context() -> Context:
-    return Context(KVCache.empty(small_config().llm_config, device="cpu", dtype=torch.float32))
+    config = small_config().llm_config
+    return Context(KVCache(*torch.empty(2, config.num_hidden_layers, 0, config.num_key_value_heads, config.head_dim)))
 
 
 def numbered(*numbers: int) -> Tensor:

@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.modules.module import _has_any_global_hook as any_global_hook
 
 HOPPER = 9
 """Major CUDA compute capability of the GPUs for which FlashAttention 3 is written, and whose kernels can overlap."""
@@ -103,7 +104,7 @@ def _kernels(gpu: int) -> ModuleType | None:
 
 
 def is_own(module: Any, kind: type[nn.Module] | None = None) -> bool:
-    """Whether calling a module does what its class says and no more: no hooks see it, nothing replaced its `forward`.
+    """Whether calling a module is calling its class's `forward` and no more: nothing sees it, wraps it or replaces it.
 
     Its class is `kind` itself or, by default, one that makes the promises of `bagel.modeling.linear`: its `contract`
     names it.
@@ -113,7 +114,7 @@ def is_own(module: Any, kind: type[nn.Module] | None = None) -> bool:
         return False
     own = module.__dict__  # read at once: this is asked a thousand times per image
     hooks = own["_forward_hooks"] or own["_forward_pre_hooks"] or own["_backward_hooks"] or own["_backward_pre_hooks"]
-    return not (hooks or "forward" in own)
+    return not (hooks or "forward" in own or "_compiled_call_impl" in own or any_global_hook())
 
 
 # An expert's rows -----------------------------------------------------------------------------------------------------
@@ -140,7 +141,7 @@ def rms_norm(
         total, *normed = (x, *(found if rounds else (found,))) if add is None else found
         return total, Rows(normed[0], normed[1], x.dtype) if rounds else normed[0]
     total = x if add is None else x + add
-    return total, weight * F.rms_norm(total, weight.shape, eps=eps)
+    return total, weight * torch.rms_norm(total, weight.shape, eps=eps)
 
 
 def norm_rotate(
@@ -160,8 +161,8 @@ def norm_rotate(
     exact, heads = qk.float(), [q_heads, qk.shape[1] - q_heads]
     if weights is not None:
         weight = torch.cat([w.expand(count, -1) for w, count in zip(weights, heads, strict=True)])
-        exact = weight * F.rms_norm(exact, exact.shape[-1:], eps=eps)
-    q, k = rotate(exact, rotary).to(qk.dtype).split(heads, dim=-2)
+        exact = weight * torch.rms_norm(exact, exact.shape[-1:], eps=eps)
+    q, k = rotate(exact, rotary).to(qk.dtype).split_with_sizes(heads, dim=-2)
     return q, k
 
 

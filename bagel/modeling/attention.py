@@ -107,35 +107,36 @@ class SampleBySample:
     layout: Layout
     claims: Sequence[Claim | None]
     only_keys_from: int | None = None
-    masks: dict[int, Tensor] = field(default_factory=dict)
+    rules: dict[int, tuple[bool, Tensor | None]] = field(default_factory=dict)
+    """How each sample's tokens see the context and one another, as `causal` and `mask`; found in the first layer."""
 
     def __call__(self, layer: int, und: Heads, gen: Heads) -> Seen | None:
         """See `Attend`."""
         und_seen, gen_seen = [], []
         for index, (sample, claim) in enumerate(zip(self.layout.samples, self.claims, strict=True)):
-            q, k, v = ((a[sample.und], b[sample.gen]) for a, b in zip(und, gen, strict=True))
+            parts = [(heads, own) for heads, own in ((und, sample.und), (gen, sample.gen)) if own.start < own.stop]
+            q, k, v = ([heads[i][own] for heads, own in parts or [(und, sample.und)]] for i in range(3))
             keys, values = (_joined(k), _joined(v)) if claim is None else claim.write(layer, k, v)
             if self.only_keys_from is not None and layer >= self.only_keys_from:
                 continue
             queries = _joined(q)
-            causal, mask = self._rule(index, queries, keys)
+            causal, mask = self.rules.get(index) or self._rule(index, queries, keys)
             out = self.attention(queries, keys, values, causal=causal, mask=mask, layer=layer)
-            und_seen.append(out[: q[0].shape[0]])
-            gen_seen.append(out[q[0].shape[0] :])
+            count = sample.und.stop - sample.und.start
+            und_seen.append(out[:count])
+            gen_seen.append(out[count:])
         return Seen(_joined(und_seen), _joined(gen_seen)) if und_seen else None
 
     def _rule(self, index: int, queries: Tensor, keys: Tensor) -> tuple[bool, Tensor | None]:
-        """Return how a sample's tokens see the context and one another: causally, all of it, or by a mask."""
         splits = self.layout.samples[index].splits
-        if len(splits) <= 1:
-            causal = any(split.attention == "causal" for split in splits)
-            if not causal or getattr(self.attention, "aligns_right", True) or queries.shape[0] in (1, keys.shape[0]):
-                return causal, None
-        if index not in self.masks:  # made once, not once per layer; everything sees the whole context
-            count, context = queries.shape[0], keys.shape[0] - queries.shape[0]
+        rule: tuple[bool, Tensor | None] = any(split.attention == "causal" for split in splits), None
+        aligned = getattr(self.attention, "aligns_right", True) or queries.shape[0] in (1, keys.shape[0])
+        if len(splits) > 1 or (rule[0] and not aligned):
+            count, context = queries.shape[0], keys.shape[0] - queries.shape[0]  # everything sees the whole context
             own = self.layout.mask(index).to(queries.device)
-            self.masks[index] = torch.cat([own.new_ones(count, context), own], dim=1) if context else own
-        return False, self.masks[index]
+            rule = False, torch.cat([own.new_ones(count, context), own], dim=1) if context else own
+        self.rules[index] = rule
+        return rule
 
 
 @dataclass(frozen=True)
@@ -288,6 +289,5 @@ def _batched(function: Callable[..., Tensor], q: Tensor, k: Tensor, v: Tensor, c
 
 
 def _joined(parts: Sequence[Tensor]) -> Tensor:
-    """Return tensors (n, ...) one after the other; a copy is only made of several that hold anything."""
-    held = [part for part in parts if part.shape[0]] or list(parts[:1])
-    return held[0] if len(held) == 1 else torch.cat(held)
+    """Return tensors (n, ...) one after the other; nothing is copied where there is one."""
+    return parts[0] if len(parts) == 1 else torch.cat(list(parts))

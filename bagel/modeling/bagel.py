@@ -147,8 +147,9 @@ class Bagel(nn.Module):
 
     def new_context(self) -> Context:
         """Return an empty context; its cache grows as it is extended, see `Context.reserve`."""
-        weight = next(self.decoder.parameters())
-        return Context(KVCache.empty(self.config.llm_config, device=weight.device, dtype=weight.dtype))
+        config, weight = self.config.llm_config, next(self.decoder.parameters()).detach()
+        shape = (config.num_hidden_layers, 0, config.num_key_value_heads, config.head_dim)
+        return Context(KVCache(weight.new_empty(shape), weight.new_empty(shape)))
 
     # What enters ------------------------------------------------------------------------------------------------------
 
@@ -185,7 +186,7 @@ class Bagel(nn.Module):
 
     def embed(self, packed: Packed) -> Streams:
         """Return both input streams (Tu, H), (Tg, H) of a packed batch on this device."""
-        und = self.decoder.embed(packed.text_ids)
+        und = self.decoder.embed_tokens(packed.text_ids)
         if packed.vit_lengths:
             seen = self.embed_patches(packed.vit_patches, packed.vit_position_ids, packed.vit_lengths)
             rows = torch.cat([packed.text_rows, packed.vit_rows])
@@ -253,9 +254,9 @@ class Bagel(nn.Module):
         """Append one token (B,) to each of B contexts and return the logits (B, vocab) float32 of what follows."""
         claims = claim_all(contexts, [1] * len(contexts), keeps=True)
         positions = torch.tensor([context.position for context in contexts])
-        if self.device.type == "cuda":  # from page-locked memory, so that the copy does not wait for the GPU
+        if ids.is_cuda:  # from page-locked memory, so that the copy does not wait for the GPU
             positions = positions.pin_memory()
-        positions = positions.to(self.device, non_blocking=True)
+        positions = positions.to(ids.device, non_blocking=True)
         logits = self.decoder.next_logits(ids, positions, self.attention.plan(Layout.of_tokens(len(contexts)), claims))
         for context in contexts:
             context.advance(1, context.position + 1)

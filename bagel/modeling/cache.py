@@ -14,10 +14,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from weakref import WeakSet
 
-import torch
 from torch import Tensor
-
-from bagel.config import DecoderConfig
 
 SMALLEST, MOST_SPARE = 64, 2048
 """Tokens that a fresh cache holds at least, and that one which grows holds beyond what is asked for, at most."""
@@ -32,19 +29,8 @@ class KVCache:
 
     def __init__(self, keys: Tensor, values: Tensor) -> None:
         self.keys, self.values = keys, values
-        self.headroom = 0
+        self.headroom, self.capacity = 0, keys.shape[1]  # tokens that fit before the context, and from there on
         self.views: WeakSet[Context] = WeakSet()
-
-    @classmethod
-    def empty(cls, config: DecoderConfig, *, device: torch.device | str, dtype: torch.dtype) -> KVCache:
-        """Return a cache that holds nothing yet, for a decoder of these sizes."""
-        shape = (config.num_hidden_layers, 0, config.num_key_value_heads, config.head_dim)
-        return cls(*(torch.empty(shape, device=device, dtype=dtype) for _ in range(2)))
-
-    @property
-    def capacity(self) -> int:
-        """Tokens that fit behind the headroom."""
-        return self.keys.shape[1] - self.headroom
 
     def reserve(self, *, tokens: int = 0, headroom: int = 0) -> None:
         """Make room for `tokens` in all and a headroom block; whatever is held stays, and moves if it has to."""
@@ -63,7 +49,7 @@ class KVCache:
             new = held.new_empty(held.shape[0], headroom + capacity, *held.shape[2:])
             new[:, headroom : headroom + held.shape[1]] = held
             setattr(self, name, new)
-        self.headroom = headroom
+        self.headroom, self.capacity = headroom, capacity
 
 
 class Context:

@@ -96,7 +96,7 @@ class Denoiser:
         ).to(self.model.device)
         attend = self.model.attention.plan(packed.layout, [self.claims[index] for index in active])
         rotary = decoder.rotary(packed.und_positions, packed.gen_positions)
-        und = decoder.embed(packed.text_ids)  # the tokens around each image
+        und = decoder.embed_tokens(packed.text_ids)  # the tokens around each image
 
         def run(gen: Tensor) -> Tensor:
             return decoder(Streams(und, gen), rotary, attend).gen

@@ -41,35 +41,25 @@ _register_namedtuple(Streams, serialized_type_name="bagel.modeling.Streams")  # 
 class RMSNorm(nn.Module):
     """Root-mean-square norm (arXiv 1910.07467): float32 inside, rounded to the input's type, then weighted."""
 
-    contract: ClassVar[type]
-
     def __init__(self, size: int, *, eps: float) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.ones(size))
         self.eps = eps
 
-    def forward(self, x: Tensor, *, add: Tensor | None = None, rounding: Rounding | None = None) -> Any:
-        """Normalise the last axis of x (..., size); with `add` return x + add and its norm, all by one kernel.
-
-        With `rounding` the norm may come as `bagel.kernels.Rows`.
-        """
-        total, h = kernels.rms_norm(x, self.weight, eps=self.eps, add=add, rounding=rounding)
-        return h if add is None else (total, h)
+    def forward(self, x: Tensor) -> Any:
+        """Normalise the last axis of x (..., size)."""
+        return kernels.rms_norm(x, self.weight, eps=self.eps)[1]
 
 
-RMSNorm.contract = RMSNorm
-
-
-def normed(norm: nn.Module, x: Tensor, *, to: nn.Module, add: Tensor | None = None) -> tuple[Tensor, Tensor | Rows]:
+def normed(norm: Any, x: Tensor, *, to: nn.Module, add: Tensor | None = None) -> tuple[Tensor, Tensor | Rows]:
     """Return x + add (T, H), and its norm as the layer `to` would like its input."""
-    if is_own(norm):
-        found = norm(x, add=add, rounding=takes(to))
-        total, h = (x, found) if add is None else found
+    weight: Any = getattr(norm, "weight", None)
+    if is_own(norm, RMSNorm):
+        total, h = kernels.rms_norm(x, weight, eps=norm.eps, add=add, rounding=takes(to))
     else:
         total = x if add is None else x + add
         h = norm(total)
         total = x if add is None else total.clone()  # what a hook has seen must not be written into
-    weight = getattr(norm, "weight", None)
     if isinstance(h, Tensor) and isinstance(weight, Tensor):
         h = h.to(weight.dtype)  # a float16 model keeps its residual stream in float32
     return total, h
@@ -86,20 +76,6 @@ class Projections(nn.Module):
         self.o_proj = Linear(heads * size, config.hidden_size, bias=False)
         self.q_norm = RMSNorm(size, eps=config.rms_norm_eps) if config.qk_norm else None
         self.k_norm = RMSNorm(size, eps=config.rms_norm_eps) if config.qk_norm else None
-
-    def split(self, qkv: Tensor, rotary: Rotary) -> Heads:
-        """Return rotated queries and keys, and values, of projected tokens (T, (Hq + 2 Hkv) D).
-
-        Norm and rotation are computed in float32 and rounded once, just before attention; queries and keys at once
-        where nothing watches, wraps or replaces their norms.
-        """
-        q_norm, k_norm, (heads, kv_heads, size) = self.q_norm, self.k_norm, self.sizes
-        qk, v = qkv.unflatten(-1, (-1, size)).split([heads + kv_heads, kv_heads], dim=-2)
-        if q_norm is None or k_norm is None or (is_own(q_norm) and is_own(k_norm)):
-            weights = None if q_norm is None or k_norm is None else (q_norm.weight, k_norm.weight)
-            return *kernels.norm_rotate(qk, weights, rotary, q_heads=heads, eps=self.eps), v
-        q, k = qk.float().split([heads, kv_heads], dim=-2)
-        return rotate(q_norm(q), rotary).to(v.dtype), rotate(k_norm(k), rotary).to(v.dtype), v
 
 
 class MLP(nn.Module):
@@ -119,8 +95,8 @@ class MLP(nn.Module):
 
     def forward(self, x: Tensor | Rows, *, add: Tensor | None = None) -> Tensor:
         """Map tokens (T, H) to (T, H) and add `add`; float32 out of a float16 model, else the type of x."""
-        h = silu_mul(apply(self.gate_up_proj, x), rounding=takes(self.down_proj))
-        return apply(self.down_proj, h, add=add)
+        down = self.down_proj
+        return apply(down, silu_mul(apply(self.gate_up_proj, x), rounding=takes(down)), add=add)
 
 
 MLP.contract = MLP
@@ -143,23 +119,36 @@ class Expert(nn.Module):
         self.own_attention = own_attention
 
     def heads(self, x: Tensor, rotary: Rotary, shared: Expert) -> Heads:
-        """Return queries, keys and values of the residual stream x (T, H)."""
+        """Return rotated queries and keys, and values, of the residual stream x (T, H).
+
+        Queries and keys are normed and rotated in float32 and rounded once, just before attention; both at once where
+        nothing watches, wraps or replaces their norms.
+        """
         owner = self if self.own_attention else shared
+        norm, attention = owner.input_norm, owner.attention
+        q_heads, kv_heads, size = attention.sizes
         if x.shape[0] == 0 and not torch.is_grad_enabled():  # with gradients, other processes wait for its own
-            dtype, (q, kv, size) = getattr(owner.input_norm, "weight", x).dtype, owner.attention.sizes
-            keys = x.new_empty(0, kv, size, dtype=dtype)
-            return x.new_empty(0, q, size, dtype=dtype), keys, keys
-        _, h = normed(owner.input_norm, x, to=owner.attention.qkv_proj)
-        return owner.attention.split(apply(owner.attention.qkv_proj, h), rotary)
+            dtype = getattr(norm, "weight", x).dtype
+            keys = x.new_empty(0, kv_heads, size, dtype=dtype)
+            return x.new_empty(0, q_heads, size, dtype=dtype), keys, keys
+        projection, q_norm, k_norm = attention.qkv_proj, attention.q_norm, attention.k_norm
+        _, h = normed(norm, x, to=projection)
+        qkv = apply(projection, h).unflatten(-1, (-1, size))
+        qk, v = qkv.split_with_sizes([q_heads + kv_heads, kv_heads], dim=-2)
+        if q_norm is None or k_norm is None or (is_own(q_norm, RMSNorm) and is_own(k_norm, RMSNorm)):
+            weights = None if q_norm is None or k_norm is None else (q_norm.weight, k_norm.weight)
+            return *kernels.norm_rotate(qk, weights, rotary, q_heads=q_heads, eps=attention.eps), v
+        q, k = qk.float().split_with_sizes([q_heads, kv_heads], dim=-2)
+        return rotate(q_norm(q), rotary).to(v.dtype), rotate(k_norm(k), rotary).to(v.dtype), v
 
     def finish(self, x: Tensor, seen: Tensor, shared: Expert) -> Tensor:
         """Add what attention gathered (T, Hq, D), and then the MLP, to the residual stream x (T, H)."""
-        owner = self if self.own_attention else shared
         if x.shape[0] == 0 and not torch.is_grad_enabled():
             return x
+        owner, mlp = self if self.own_attention else shared, self.mlp
         gathered = apply(owner.attention.o_proj, seen.flatten(-2))
-        x, h = normed(owner.post_norm, x, add=gathered, to=self.mlp)
-        return apply(self.mlp, h, add=x)
+        x, h = normed(owner.post_norm, x, add=gathered, to=mlp)
+        return apply(mlp, h, add=x)
 
 
 class DecoderLayer(nn.Module):
@@ -206,10 +195,6 @@ class Decoder(nn.Module):
         """Type of the weights."""
         return next(self.parameters()).dtype
 
-    def embed(self, ids: Tensor) -> Tensor:
-        """Return token embeddings (T, H) of ids (T,)."""
-        return self.embed_tokens(ids)
-
     def rotary(self, und: Tensor, gen: Tensor) -> tuple[Rotary, Rotary]:
         """Return the rotary tables of the positions (Tu,) and (Tg,) of both streams (arXiv 2104.09864), by halves.
 
@@ -239,7 +224,7 @@ class Decoder(nn.Module):
 
         This is one decode step.
         """
-        x = self.embed(ids)
+        x = self.embed_tokens(ids)
         hidden = self(Streams(x, x[:0]), self.rotary(positions, positions[:0]), attend)
         return self.logits(hidden.und)
 

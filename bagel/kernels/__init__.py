@@ -3,6 +3,7 @@
 A CPU, gradients, and GPUs for which Triton builds nothing use the bodies; see `find`.
 """
 
+from bagel.kernels.dfloat11 import expand_dfloat11
 from bagel.kernels.functions import (
     HOPPER,
     Rotary,
@@ -33,6 +34,7 @@ __all__ = [
     "attend_appended",
     "convolve",
     "doubled",
+    "expand_dfloat11",
     "find",
     "group_norm_silu",
     "is_own",

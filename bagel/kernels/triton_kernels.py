@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import torch
 
+from bagel.kernels.triton_dfloat11 import expand_dfloat11
 from bagel.kernels.triton_images import add_biased, doubled, group_norm_silu
 from bagel.kernels.triton_rows import (
     add_product,
@@ -30,6 +31,7 @@ __all__ = [
     "add_rms_norm_round",
     "attend_appended",
     "doubled",
+    "expand_dfloat11",
     "group_norm_silu",
     "matrix_times_vector",
     "norm_rotate",

@@ -13,10 +13,13 @@ from bagel.formats.dfloat11.files import (
     unit_tensors,
     units_of,
 )
-from bagel.formats.dfloat11.unit import Piece, Unit, check, cut, lookup_of
+from bagel.formats.dfloat11.unit import LOOKUP_BITS, WINDOWS, Limits, Piece, Unit, check, cut, limits_of, lookup_of
 
 __all__ = [
+    "LOOKUP_BITS",
+    "WINDOWS",
     "File",
+    "Limits",
     "Opened",
     "Piece",
     "Unit",
@@ -27,6 +30,7 @@ __all__ = [
     "decode_piece",
     "encode",
     "files_for",
+    "limits_of",
     "lookup_of",
     "open_unit",
     "patterns_for",

@@ -23,7 +23,7 @@ GAP_BITS = 5
 LONGEST_CODE = 32
 JUMP = 240
 """Entries of a prefix table from here on name another table, so larger exponents cannot be stored."""
-LOOKUP_BITS, LOOKUP_CODES = 12, 4
+LOOKUP_BITS, LOOKUP_CODES = 11, 4
 """Bits that are decoded at once, and codes of them at most."""
 Array = np.ndarray[Any, Any]
 
@@ -77,6 +77,13 @@ class Piece(NamedTuple):
     positions: Tensor
     gaps: Tensor
     lookup: Tensor
+
+
+class Limits(NamedTuple):
+    """The most codes that a chunk and a window of a piece have: so much room do kernels need."""
+
+    chunk: int
+    window: int
 
 
 # Checks ---------------------------------------------------------------------------------------------------------------
@@ -190,8 +197,14 @@ def cut(unit: Unit, start: int = 0, stop: int | None = None) -> Piece:
     )
 
 
+def limits_of(piece: Piece) -> Limits:
+    """Return how many codes the chunks and windows of a piece have at most."""
+    lengths = piece.luts[-1]
+    return Limits(int(piece.positions.diff().max()), -(-WINDOW_BITS // int(lengths[lengths > 0].min())))
+
+
 def lookup_of(luts: Tensor) -> Tensor:
-    """Return what the next 12 bits of a stream stand for, (4096, 2) int32.
+    """Return what the next 11 bits of a stream stand for, (2048, 2) int32.
 
     The first number holds the exponents of up to four codes that lie within the bits, the first in its lowest byte; the
     second the bits at which they start, the first at its highest, and their length together in its lowest four bits: 0

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from conftest import assert_close
 from small_model import rotary_of, small_config
 from torch import nn
+from torch.nn.modules.module import register_module_forward_hook
 
 from bagel import kernels
 from bagel.kernels import functions, rotate, silu_mul
@@ -167,6 +168,29 @@ def test_hooks_see_what_they_would_see_without_kernels(used, without, name, quan
     for a, b in zip(out, run(expert, x, rotary), strict=True):
         assert_close(a, b, relative=1e-6)
     found, wanted = kept
+    for a, b in zip(found, wanted, strict=True):
+        assert_close(a, b, relative=1e-6)
+
+
+@torch.no_grad()
+def test_a_hook_on_all_modules_sees_every_part(used):
+    expert, x, rotary = expert_and_input()
+    wanted, seen = run(expert, x, rotary), []
+    handle = register_module_forward_hook(lambda module, *_: seen.append(module))
+    found = run(expert, x, rotary)
+    handle.remove()
+    assert {id(expert.get_submodule(name)) for name in PARTS} == {id(module) for module in seen}
+    for a, b in zip(found, wanted, strict=True):
+        assert_close(a, b, relative=1e-6)
+
+
+@torch.no_grad()
+def test_a_layer_that_somebody_compiled_is_used_as_compiled():
+    expert, x, rotary = expert_and_input()
+    wanted, compiled = run(expert, x, rotary), []
+    expert.mlp.down_proj.compile(backend=lambda graph, inputs: compiled.append(graph) or graph.forward)
+    found = run(expert, x, rotary)
+    assert len(compiled) == 1
     for a, b in zip(found, wanted, strict=True):
         assert_close(a, b, relative=1e-6)
 

@@ -7,11 +7,13 @@ Triton is there (`TRITON_INTERPRET=1`).
 from __future__ import annotations
 
 import copy
+import ctypes
 import os
 import shutil
 import struct
 import subprocess
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -132,6 +134,34 @@ def test_a_kernel_that_cannot_be_built_is_told_once(monkeypatch):
     monkeypatch.setattr(nvrtc, "build", fail)
     with pytest.warns(UserWarning, match=r"cannot be built here \(NVRTC cannot compile a kernel: no such GPU\)"):
         assert cuda_dfloat11.kernel_of.__wrapped__(0) is None
+
+
+def test_a_kernel_gets_its_arguments_and_asks_for_shared_memory_once(monkeypatch):
+    calls, taken = [], []
+
+    class Driver:
+        def __getattr__(self, name):
+            return lambda *given: calls.append((name, given)) or 0
+
+        def cuLaunchKernel(self, function, *given):
+            *size, _, pointers, _ = given
+            kinds = (ctypes.c_void_p, ctypes.c_int)
+            taken.append((size, [ctypes.cast(p, ctypes.POINTER(k))[0] for p, k in zip(pointers, kinds, strict=True)]))
+            return 700 if size[0] == 13 else 0
+
+    monkeypatch.setattr(nvrtc, "_driver", Driver)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: SimpleNamespace(cuda_stream=7))
+    kernel = nvrtc.Kernel(ctypes.c_void_p(1), ctypes.c_void_p(2), 0)
+    x = torch.ones(3)
+    for shared in (100, 50_000, 50_000, 60_000):
+        kernel(x, -5, blocks=4, threads=32, shared=shared)
+        assert taken[-1] == ([4, 1, 1, 32, 1, 1, shared], [x.data_ptr(), -5])
+    asked = [given[2] for name, given in calls if name == "cuFuncSetAttribute"]
+    assert asked == [50_000, 60_000]
+    with pytest.raises(RuntimeError, match="cuLaunchKernel failed with error 700"):
+        kernel(x, 1, blocks=13, threads=32)
+    names = [name for name, _ in calls]
+    assert names.count("cuCtxPushCurrent_v2") == names.count("cuCtxPopCurrent_v2") == 5
 
 
 # Layers ---------------------------------------------------------------------------------------------------------------

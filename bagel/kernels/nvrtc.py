@@ -83,7 +83,9 @@ def _compile(source: str, device: int, options: Sequence[str]) -> bytes:
     try:
         failed = nvrtc.nvrtcCompileProgram(program, len(given), (ctypes.c_char_p * len(given))(*given))
         if failed:
-            raise RuntimeError(f"NVRTC cannot compile a kernel: {_read(nvrtc, 'ProgramLog', program).decode()}")
+            raise RuntimeError(
+                f"NVRTC cannot compile a kernel: {_read(nvrtc, 'ProgramLog', program).decode().strip(chr(0))}"
+            )
         return _read(nvrtc, "CUBIN", program)
     finally:
         nvrtc.nvrtcDestroyProgram(ctypes.byref(program))
@@ -119,7 +121,9 @@ def _nvrtc() -> Any:
     major = torch.version.cuda.partition(".")[0]
     name = f"nvrtc64_{major}0_0.dll" if sys.platform == "win32" else f"libnvrtc.so.{major}"
     spec = importlib.util.find_spec("nvidia")
-    folders = [Path(folder) for folder in (spec.submodule_search_locations or ())] if spec else []
-    folders.append(Path(torch.__file__).parent)
-    found = [str(file) for folder in folders for file in sorted(folder.glob(f"**/{name}"))]
-    return ctypes.CDLL(found[0] if found else name)
+    folders = [Path(torch.__file__).parent / "lib"]
+    folders += [
+        lib for folder in (spec.submodule_search_locations or () if spec else ()) for lib in Path(folder).glob("*/lib")
+    ]
+    found = next((file for folder in folders if (file := folder / name).is_file()), name)
+    return ctypes.CDLL(str(found))

@@ -214,7 +214,7 @@ class BagelPipeline:
         """Export to the official layout; see `bagel.checkpoint.save_checkpoint`.
 
         Raises:
-            ValueError: after `use_float8`.
+            ValueError: the model is quantised.
             CheckpointError: files in the way, a full disk.
         """
         from bagel.checkpoint import save_checkpoint
@@ -222,7 +222,8 @@ class BagelPipeline:
 
         if not is_exact(self.model):
             raise ValueError(
-                "this model is quantised to 8-bit floats and cannot be exported: load it again and export it before"
+                "this model is quantised and cannot be exported: `bagel convert` writes compressed checkpoints from "
+                "the one that was loaded"
             )
         model, vae = self.model, self.vae
         save_checkpoint(

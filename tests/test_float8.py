@@ -156,7 +156,7 @@ def test_what_cannot_be_quantised_is_refused(pipe, tmp_path):
     pipe.use_float8()
     with pytest.raises(ValueError, match="quantised to 8-bit floats already"):
         pipe.use_float8(und=True)
-    with pytest.raises(ValueError, match="quantised to 8-bit floats and cannot be exported"):
+    with pytest.raises(ValueError, match="quantised and cannot be exported: `bagel convert`"):
         pipe.save_pretrained(tmp_path / "out")
     with pytest.raises(ValueError, match=r"multiples of 16, got 16 x 24 \(0\)"):
         quantize_linears(nn.Sequential(nn.Linear(16, 24)))

@@ -13,6 +13,7 @@ from hub_server import COMMIT, TOKEN, FakeHub
 from safetensors.torch import save_file
 
 from bagel.checkpoint import Checkpoint, CheckpointError, resolve_source
+from bagel.checkpoint.convert import convert_checkpoint
 from bagel.checkpoint.hub import needed_files
 
 ROOT = Path(__file__).parent.parent
@@ -272,6 +273,35 @@ def test_fetch_honours_the_clients_environment(tmp_path):
         )
     assert done.returncode == 0, done.stderr
     assert Path(done.stdout.strip()).is_relative_to(tmp_path / "home")
+
+
+@pytest.mark.parametrize("to", ["dfloat11", "gguf-q8_0", "nf4"])
+def test_fetch_of_a_compressed_repository_loads_by_name(hub, tmp_path, monkeypatch, to):
+    from huggingface_hub import constants
+
+    hub.folder = tmp_path / to
+    convert_checkpoint(TINY, hub.folder, to=to)
+    (hub.folder / "extra.bin").write_text("not needed")
+    folder = fetch(hub)
+    assert sorted(path.name for path in folder.iterdir()) == sorted(
+        path.name for path in hub.folder.iterdir() if path.name != "extra.bin"
+    )
+    load(Checkpoint.open(folder))
+    monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")
+    assert fetch(hub) == folder
+
+
+def test_fetch_of_one_of_several_files_by_name(hub):
+    (hub.folder / "ema.safetensors").rename(hub.folder / "a.safetensors")
+    save_file(weights_of(), hub.folder / "b.safetensors")
+    with pytest.raises(CheckpointError, match=r"several files of weights \(a.safetensors, b.safetensors\)"):
+        fetch(hub)
+    with pytest.raises(CheckpointError, match=r"no c.safetensors among its files: it has a.safetensors"):
+        fetch(hub, weights="c.safetensors")
+    folder = fetch(hub, weights="b.safetensors")
+    assert (folder / "b.safetensors").is_file()
+    assert not (folder / "a.safetensors").exists()
+    load(Checkpoint.open(folder))
 
 
 def test_importing_checkpoint_leaves_the_client_unloaded():

@@ -7,11 +7,16 @@ import math
 
 import pytest
 import torch
-from checkpoint_variants import build, make_folder, weights_of
+from checkpoint_variants import TINY, build, edit_json, make_folder, weights_of
 from compressed import assert_holds, described, is_matrix, loaded, weights
-from safetensors.torch import save_file
+from conftest import REFERENCE
+from safetensors.torch import load_file, save_file
 
 from bagel.checkpoint import Checkpoint, CheckpointError, inspect_checkpoint
+from bagel.checkpoint.convert import convert_checkpoint
+from bagel.checkpoint.convert.files import Place, safetensors_header
+from bagel.config import BAGEL_7B
+from bagel.formats import dfloat11
 from bagel.modeling.float8 import Float8Linear
 from bagel.modeling.linear import Linear
 from bagel.modeling.stored.scaled import ScaledLinear
@@ -233,3 +238,109 @@ def test_convert_counts_only_the_largest_layer_as_dense(tmp_path, monkeypatch):
     loaded(folder, convert=lambda name, linear: ScaledLinear.of(linear))
     with pytest.raises(MemoryError, match="more than cpu has free"):
         loaded(folder)
+
+
+# DFloat11 -------------------------------------------------------------------------------------------------------------
+
+
+def sparse_file(path, layout) -> None:
+    """Write a safetensors file of which only the header and the given values are on the disk, the rest being a hole."""
+    header, offsets = safetensors_header({name: place for name, (place, _) in layout.items()})
+    with path.open("wb") as file:
+        file.write(header)
+        file.truncate(max(offsets[name] + place.nbytes for name, (place, _) in layout.items()))
+        for name, (_, values) in layout.items():
+            if values is not None:
+                file.seek(offsets[name])
+                file.write(values.numpy().tobytes())
+
+
+def released_units(folder) -> None:
+    """Lay out the released 7B as DFloat11's own release does, sizes of the streams made up, all values zero."""
+    official = json.loads((REFERENCE / "official_7b.json").read_text())
+    shapes = {key: tuple(shape) for key, shape in official["model"].items()}
+    for name, file in dfloat11.files_for(shapes).items():
+        layout = {key: (Place("BF16", shapes[key], 2 * math.prod(shapes[key])), None) for key in file.plain}
+        if file.prefix:
+            counts = torch.tensor([math.prod(shapes[key]) for key in file.weights])
+            splits, length = counts.cumsum(0)[:-1], int(counts.sum()) // 3
+            chunks = -(-length // 4096)
+            sizes = {"encoded_exponent": length, "sign_mantissa": int(counts.sum()), "output_positions": 4 * chunks + 4}
+            sizes |= {"gaps": 320 * chunks}
+            parts = {part: (Place("U8", (size,), size), None) for part, size in sizes.items()}
+            parts |= {"luts": (Place("U8", (5, 256), 1280), None)}
+            parts |= {"split_positions": (Place("I64", tuple(splits.shape), splits.nbytes), splits)}
+            layout |= {f"{file.prefix}.{part}": value for part, value in parts.items()}
+        sparse_file(folder / name, layout)
+    vae = {key: tuple(shape) for key, shape in official["vae"].items()}
+    (folder / "vae").mkdir()
+    layout = {key: (Place("F32", shape, 4 * math.prod(shape)), None) for key, shape in vae.items()}
+    sparse_file(folder / "vae" / "ae.safetensors", layout)
+    for name in ("llm_config.json", "vit_config.json"):
+        (folder / name).write_text(json.dumps(official[name]))
+    (folder / "config.json").write_text(json.dumps({"dfloat11_config": dfloat11.config_section(shapes)}))
+
+
+@pytest.mark.parametrize("described", [True, False])
+def test_the_released_units_are_understood_from_their_headers(tmp_path, described):
+    released_units(tmp_path)
+    if not described:
+        (tmp_path / "config.json").unlink()
+    checkpoint = Checkpoint.open(tmp_path)
+    assert checkpoint.config == BAGEL_7B
+    assert checkpoint.weights.format == "dfloat11"
+    assert len(checkpoint.weights.entries) == 1223
+    assert "DF11" in inspect_checkpoint(checkpoint)
+
+
+def df11(tmp_path):
+    convert_checkpoint(TINY, tmp_path / "c", to="dfloat11")
+    return tmp_path / "c"
+
+
+def edited(file, **changes) -> None:
+    """Change tensors of a file; None leaves one out."""
+    tensors = load_file(file)
+    for end, value in changes.items():
+        (name,) = (name for name in tensors if name.endswith(f".{end}"))
+        old = tensors.pop(name)
+        if value is not None:
+            tensors[name] = value(old)
+    save_file(tensors, file)
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({"gaps": None}, "lacks gaps"),
+        ({"gaps": lambda t: t[:-1]}, "gaps has"),
+        ({"split_positions": lambda t: t[:-1]}, "holds 13 matrices in the DFloat11 unit"),
+        ({"split_positions": lambda t: t + 1}, "no matrix with rows of"),
+        ({"sign_mantissa": lambda t: t[:-1]}, "no matrix with rows of"),
+        ({"luts": lambda t: t[:, :255].contiguous()}, "luts has shape"),
+        ({"encoded_exponent": lambda t: torch.cat([t[:2000], t[2000:2010] ^ 0x55, t[2010:]])}, "damaged"),
+        ({"output_positions": lambda t: t.flip(0)}, "output_positions"),
+    ],
+)
+def test_damaged_units_are_named(tmp_path, changes, says):
+    folder = df11(tmp_path)
+    edited(folder / "language_model_model_layers_1.safetensors", **changes)
+    message = error_of(folder, expand=True)
+    assert says in message
+    assert "layers.1" in message
+
+
+def test_a_missing_unit_and_a_broken_configuration_are_named(tmp_path):
+    folder = df11(tmp_path)
+    (folder / "language_model_model_layers_1.safetensors").rename(tmp_path / "away")
+    assert "lacks language_model.model.layers.1." in error_of(folder)
+    (tmp_path / "away").rename(folder / "language_model_model_layers_1.safetensors")
+    edit_json(folder / "config.json", dfloat11_config={"pattern_dict": {"(": []}, "version": "0.2.0"})
+    assert "dfloat11_config" in error_of(folder)
+
+
+def test_a_truncated_unit_is_named(tmp_path):
+    folder = df11(tmp_path)
+    file = folder / "language_model_lm_head.safetensors"
+    file.write_bytes(file.read_bytes()[:-100])
+    assert "language_model_lm_head.safetensors" in error_of(folder)

@@ -9,13 +9,13 @@ import os
 import re
 import secrets
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from bagel.checkpoint.errors import CheckpointError
 from bagel.checkpoint.files import AUTOENCODER_NAMES, DTYPE_BYTES, WEIGHT_NAMES, quoted
@@ -66,7 +66,7 @@ def save_checkpoint(
     if (vae is None) == config.visual_gen:
         raise CheckpointError("an autoencoder belongs to a model exactly if config.visual_gen is true")
     tensors = official_tensors(model, config)
-    files: dict[str, Content] = _json_files(config)
+    files: dict[str, Content] = config_files(config)
     files |= {path.name: path for path in tokenizer.files}
     files |= _weight_files(tensors, weights_name, max_shard_bytes)
     if vae is not None:
@@ -86,8 +86,14 @@ Content = dict[str, Tensor] | str | Path
 def official_tensors(model: Bagel, config: BagelConfig) -> dict[str, Tensor]:
     """Return the official keys of a model's state, views of its parameters with fused rows taken apart.
 
-    Raises CheckpointError if the model is not one of this configuration.
+    Raises CheckpointError if the model is not one of this configuration, or holds compressed weights.
     """
+    packed = [name for name, part in model.named_modules() if _is_packed(part)]
+    if packed:
+        raise CheckpointError(
+            f"the model holds compressed weights ({quoted(packed, 1)}) and cannot be exported: load it with "
+            "expand=True, or use `bagel convert --to bf16`"
+        )
     state = model.state_dict()
     wanted = parameter_shapes(config)
     wrong = [name for name in {**wanted, **state} if name not in state or wanted.get(name) != tuple(state[name].shape)]
@@ -99,7 +105,12 @@ def official_tensors(model: Bagel, config: BagelConfig) -> dict[str, Tensor]:
     }
 
 
-def _json_files(config: BagelConfig) -> dict[str, Content]:
+def _is_packed(module: nn.Module) -> bool:
+    return hasattr(module, "dense") and not isinstance(module, nn.Linear)
+
+
+def config_files(config: BagelConfig, more: Mapping[str, Mapping[str, Any]] | None = None) -> dict[str, Content]:
+    """Return the JSON files of a configuration, every field spelled out; `more` has fields to add, by file."""
     decoder = {"architectures": ["Qwen2ForCausalLM"], "model_type": "qwen2", **dataclasses.asdict(config.llm_config)}
     values: dict[str, Any] = {
         "architectures": ["BagelForConditionalGeneration"],
@@ -111,7 +122,8 @@ def _json_files(config: BagelConfig) -> dict[str, Content]:
     if config.vit_config is not None:
         vit = {"model_type": "siglip_vision_model", **dataclasses.asdict(config.vit_config)}
         files["vit_config.json"] = values["vit_config"] = vit
-    return {name: json.dumps(content, indent=2) + "\n" for name, content in files.items()}
+    given = more or {}
+    return {name: json.dumps({**content, **given.get(name, {})}, indent=2) + "\n" for name, content in files.items()}
 
 
 def _nbytes(tensors: dict[str, Tensor]) -> int:
@@ -154,8 +166,8 @@ def _write_all(place: Path, files: dict[str, Content]) -> None:
     mark = secrets.token_hex(4)
     temporary = {name: place / f".{name}.{mark}.tmp" for name in (*files, CHECKSUMS)}
     try:
-        digests = {name: _write(temporary[name], content) for name, content in files.items()}
-        _write(temporary[CHECKSUMS], "".join(f"{digest}  {name}\n" for name, digest in digests.items()))
+        digests = {name: write_content(temporary[name], content) for name, content in files.items()}
+        write_content(temporary[CHECKSUMS], "".join(f"{digest}  {name}\n" for name, digest in digests.items()))
         for name, path in temporary.items():
             os.replace(path, place / name)
     finally:
@@ -177,9 +189,9 @@ class _HashingFile:
         return self.file.write(data)
 
 
-def _write(path: Path, content: Content) -> str:
-    """Write one file and return its SHA-256."""
-    with path.open("xb") as file:
+def write_content(path: Path, content: Content, *, replace: bool = False) -> str:
+    """Write one file, new or `replace`, wait until the disk has it, and return its SHA-256."""
+    with path.open("wb" if replace else "xb") as file:
         out = _HashingFile(file)
         if isinstance(content, str):
             out.write(content.encode())

@@ -64,6 +64,10 @@ def _run(args: Namespace) -> None:
             from bagel.cli.folders import inspect
 
             inspect(args)
+        case "convert":
+            from bagel.cli.convert import convert
+
+            convert(args)
         case "evaluate":
             from bagel.cli.evaluate import evaluate
 

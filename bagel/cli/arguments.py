@@ -23,6 +23,7 @@ EXAMPLES = {
   bagel understand circle.png --question "What is this?"
   bagel chat
   bagel inspect checkpoints/BAGEL-7B-MoT
+  bagel convert checkpoints/BAGEL-7B-MoT checkpoints/bagel-nf4 --to nf4
   bagel evaluate --model demo
 
 bagel COMMAND --help tells the rest. BAGEL_MODEL names the model to use where --model does not.""",
@@ -50,6 +51,12 @@ in the chat:
     "inspect": """examples:
   bagel inspect checkpoints/BAGEL-7B-MoT
   bagel inspect exported --verify""",
+    "convert": """examples:
+  bagel convert checkpoints/BAGEL-7B-MoT checkpoints/bagel-df11 --to dfloat11
+  bagel convert ByteDance-Seed/BAGEL-7B-MoT checkpoints/bagel-nf4 --to nf4 --shard 2GB
+  bagel convert checkpoints/bagel-df11 checkpoints/bagel-bf16 --to bf16
+
+If it is stopped, the same command goes on where it was.""",
     "evaluate": """examples:
   bagel evaluate --model demo
   bagel evaluate --model checkpoints/small --tasks t2i,edit --count 20 --save failed
@@ -84,6 +91,7 @@ def build_parser() -> ArgumentParser:
     _command(commands, "understand", "answer a question about images", _understand)
     _command(commands, "chat", "talk about images, with a memory", _answer_options)
     _command(commands, "inspect", "tell what a checkpoint folder holds and what fits this machine", _inspect)
+    _command(commands, "convert", "write a checkpoint in another format: smaller, or back to bfloat16", _convert)
     does = "measure a model on the shapes world: how often it is right, task by task"
     _command(commands, "evaluate", does, _evaluate)
     _command(commands, "demo", "show every task on the small built-in model, in seconds", _demo)
@@ -141,6 +149,21 @@ def _understand(parser: ArgumentParser) -> None:
 def _inspect(parser: ArgumentParser) -> None:
     parser.add_argument("folder", metavar="FOLDER", help="a checkpoint in the official layout")
     parser.add_argument("--verify", action="store_true", help="also read every file and compare its checksum")
+
+
+def _convert(parser: ArgumentParser) -> None:
+    from bagel.checkpoint.convert import NAMES
+
+    parser.add_argument("source", metavar="SRC", help=f"a checkpoint folder of any format, a Hub id, or {BUILT_IN}")
+    parser.add_argument("folder", metavar="DST", help="where it goes: a new folder, or one where this was interrupted")
+    parser.add_argument("--to", required=True, choices=NAMES, help=", ".join(NAMES), metavar="FORMAT")
+    parser.add_argument("--shard", metavar="SIZE", help="most bytes in a file, such as 2GB (default: 4GB)")
+    parser.add_argument(
+        "--every-linear", action="store_true", help="quantise every linear layer, not the decoder layers' alone"
+    )
+    parser.add_argument("--base", metavar="SOURCE", help="where to take what SRC lacks: configurations, tokenizer, VAE")
+    parser.add_argument("--weights", metavar="FILE", help="which weights, where SRC holds several")
+    parser.add_argument("--revision", help="branch, tag or commit on the Hub")
 
 
 def _demo(parser: ArgumentParser) -> None:

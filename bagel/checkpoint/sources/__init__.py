@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from bagel.checkpoint.files import TensorFiles, choose_weights, read_several, read_sharded, read_single
-from bagel.checkpoint.sources import bitsandbytes, float8
+from bagel.checkpoint.sources import bitsandbytes, dfloat11, float8
 from bagel.checkpoint.sources.base import Packed, Source, TensorReader
 from bagel.checkpoint.sources.gguf import MAGIC, GGUFSource
 from bagel.checkpoint.sources.tensors import TensorSource
@@ -44,7 +44,7 @@ def source_of(tensors: TensorFiles) -> TensorSource:
     names = {key.removeprefix(prefix): key for key in tensors.entries}
     entries = {key: tensors.entries[name] for key, name in names.items()}
     reader = TensorReader(tensors, names)
-    packed = bitsandbytes.find(entries, reader)
+    packed = bitsandbytes.find(entries, reader) | dfloat11.find(entries, reader)
     packed |= float8.find({k: e for k, e in entries.items() if k not in packed}, tensors.metadata, reader)
     unread = [key for key in entries if float8.is_companion(key, packed)]
     return TensorSource(tensors, reader, packed, unread)

@@ -18,10 +18,12 @@ from bagel.checkpoint.convert.files import Place, safetensors_header
 from bagel.config import BAGEL_7B
 from bagel.formats import dfloat11
 from bagel.modeling.float8 import Float8Linear
-from bagel.modeling.linear import Linear
+from bagel.modeling.linear import Linear, is_exact
+from bagel.modeling.stored.dfloat11 import DFloat11Linear
 from bagel.modeling.stored.scaled import ScaledLinear
 
 UP = "language_model.model.layers.1.mlp.up_proj.weight"
+TABLES = ("embed_tokens.weight", "position_embedding.weight")
 E4M3, E5M2 = torch.float8_e4m3fn, torch.float8_e5m2
 
 
@@ -344,3 +346,61 @@ def test_a_truncated_unit_is_named(tmp_path):
     file = folder / "language_model_lm_head.safetensors"
     file.write_bytes(file.read_bytes()[:-100])
     assert "language_model_lm_head.safetensors" in error_of(folder)
+
+
+def test_units_are_kept_and_hold_the_same(tmp_path):
+    kept = assert_holds(df11(tmp_path), weights_of())
+    layers = {name: part for name, part in kept.named_modules() if isinstance(part, DFloat11Linear)}
+    assert len(layers) == 3 * 8 + 1 + 2 * 6 + 1  # q, k and v of the vision encoder lie in another order: three parts
+    assert is_exact(kept)
+
+
+def test_a_half_that_is_left_out_takes_no_memory(tmp_path):
+    folder = df11(tmp_path)
+    checkpoint = Checkpoint.open(folder, visual_gen=False)
+    model, _ = build(checkpoint)
+    checkpoint.load(model, dtype=torch.bfloat16)
+    whole = loaded(folder, dtype=torch.bfloat16)
+    sizes = [sum(t.untyped_storage().nbytes() for t in m.decoder.layers.state_dict().values()) for m in (model, whole)]
+    assert sizes[0] < 0.51 * sizes[1]
+
+
+# bitsandbytes ---------------------------------------------------------------------------------------------------------
+
+
+def bnb_int8():
+    """Every linear layer in LLM.int8(), as the official app stores it, and what it means."""
+    found, meant = {}, {}
+    for key, tensor in weights_of().items():
+        found[key], meant[key] = tensor, tensor.float()
+        if tensor.ndim == 2 and key.endswith(".weight") and not key.endswith(TABLES):
+            exact = tensor.half().float()
+            most = exact.abs().amax(1)
+            found[key] = (exact * (127 / most[:, None])).round().to(torch.int8)
+            found[f"{named(key)}.SCB"] = most
+            found[f"{named(key)}.weight_format"] = torch.tensor(0, dtype=torch.uint8)
+            meant[key] = found[key].float() * (most[:, None] / 127)
+    return found, meant
+
+
+def test_llm_int8(tmp_path):
+    found, meant = bnb_int8()
+    folder = weights(tmp_path / "c", found, name="model_int8.safetensors")
+    kept = assert_holds(folder, meant)
+    assert not any(isinstance(module, torch.nn.Linear) for module in kept.modules())
+    assert Checkpoint.open(folder).weights.format == "int8"
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        ({f"{named(UP)}.SCB": torch.ones(5)}, "should be a matrix of int8 with a scale per row"),
+        ({f"{named(UP)}.weight_format": torch.tensor(1, dtype=torch.uint8)}, "stored in tiles for one kind of GPU"),
+        ({f"{named(UP)}.SCB": torch.full((128,), math.nan)}, "NaN or infinite as float32 (stored as INT8)"),
+        ({UP: torch.ones(64, 64, dtype=torch.int8)}, f"{UP} with shape 64x64, wanted 128x64"),
+    ],
+)
+def test_damaged_llm_int8_is_named(tmp_path, change, says):
+    message = error_of(weights(tmp_path / "c", bnb_int8()[0] | change))
+    assert says in message
+    assert UP in message

@@ -8,10 +8,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from bagel.checkpoint.sources import dfloat11 as units
 from bagel.checkpoint.sources import gguf as gguf_source
-from bagel.formats import fp8, gguf
+from bagel.formats import fp8, gguf, int8
 from bagel.modeling.float8 import CAPABILITY, Float8Linear
 from bagel.modeling.linear import Linear
+from bagel.modeling.stored.dfloat11 import DFloat11Linear
 from bagel.modeling.stored.gguf import GGUFLinear
 from bagel.modeling.stored.scaled import ScaledLinear
 from bagel.modeling.stored.stacked import StackedLinear
@@ -38,6 +40,10 @@ def is_finite(part: Any) -> Tensor:
             return gguf.is_finite(part.packed, part.kind)
         case fp8.Scaled():
             return fp8.is_finite(part)
+        case int8.Integers():
+            return part.scale.isfinite().all()
+        case units.UnitRange():
+            return torch.tensor(True)  # exponents that mean infinite or NaN have no code
     return torch.isfinite(part).all()
 
 
@@ -47,6 +53,11 @@ def _layer(part: Any, bias: nn.Parameter | None, device: torch.device) -> nn.Mod
             return GGUFLinear(part.packed.to(device), part.kind, bias)
         case fp8.Scaled():
             return _scaled(fp8.Scaled(part.values.to(device), part.scale.to(device), part.products), bias)
+        case int8.Integers():
+            # Inputs are not rounded: those of a trained model have channels that a scale per token would round away.
+            return ScaledLinear(fp8.Scaled(part.values.to(device), part.scale.to(device)), bias)
+        case units.UnitRange():
+            return DFloat11Linear(part.opened.piece(part.names), part.shape[0], bias).to(device)
     layer = Linear(part.shape[1], part.shape[0], bias=False, device="meta")
     layer.weight = nn.Parameter(part.to(device), requires_grad=False)
     layer.bias = bias  # pyright: ignore[reportAttributeAccessIssue]
@@ -75,6 +86,10 @@ def _join(parts: Sequence[Any]) -> Any:
             return gguf_source.Blocks(torch.cat([part.packed for part in parts]), kind)
         case fp8.Scaled():
             return _join_scaled(parts)
+        case int8.Integers():
+            return int8.Integers(*(torch.cat(both) for both in zip(*parts, strict=True)))
+        case units.UnitRange():
+            return units.join(parts)
     return torch.cat(list(parts))
 
 

@@ -48,7 +48,7 @@ class EightBits:
     keys: tuple[str, ...]
     entry: TensorEntry
     format: str = "int8"
-    keeps: bool = False
+    keeps: bool = True
 
     def rows(self, reader: TensorReader, first: int, last: int) -> Tensor:
         """Return rows, decoded."""

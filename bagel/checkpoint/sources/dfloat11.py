@@ -26,6 +26,8 @@ from bagel.formats.dfloat11.files import LAYER as MATRICES
 
 PARTS = tuple(f".{part}" for part in dfloat11.Unit._fields)
 LAYER = "language_model.model.layers."
+TABLES = ("embed_tokens.weight",)
+"""What is looked up and not multiplied by; it becomes dense, as expanding it for every look-up would cost too much."""
 VIT_LAYERS = "vit_model.vision_model.encoder.layers."
 
 
@@ -107,7 +109,7 @@ def find(entries: Mapping[str, TensorEntry], reader: TensorReader) -> dict[str, 
         for name in names:
             share = round(size * counts[name] / total)
             entry = TensorEntry(entries[keys[0]].file, shapes[name], "BF16", "DF11", share)
-            found[name] = UnitMatrix(keys, prefix, name, names, entry, keeps=False)
+            found[name] = UnitMatrix(keys, prefix, name, names, entry, keeps=not name.endswith(TABLES))
     return found
 
 

@@ -21,7 +21,6 @@ class ScaledLinear(nn.Module):
     """
 
     contract: ClassVar[type]
-    format: ClassVar[str] = "float8"
     takes: Rounding | None = None
     exact: ClassVar[bool] = False
     weight: Tensor
@@ -30,6 +29,7 @@ class ScaledLinear(nn.Module):
     def __init__(self, weight: fp8.Scaled, bias: nn.Parameter | None = None) -> None:
         super().__init__()
         self.out_features, self.in_features = weight.values.shape
+        self.format = "int8" if weight.values.dtype == torch.int8 else "float8"
         self.register_buffer("weight", weight.values)
         scale = weight.scale
         if not weight.blockwise:  # one for each row, as kernels take it

@@ -124,9 +124,10 @@ class Parameters:
         for one in options_of(type(self)):
             object.__setattr__(self, one.name, one.checked(getattr(self, one.name)))
 
-    def part(self, kind: type[P]) -> P:
-        """Return the options that another class declares too, as an object of that class."""
-        return kind(**{one.name: getattr(self, one.name) for one in options_of(kind)})
+    def part(self, kind: type[P], **given: Any) -> P:
+        """Return the options that another class declares too, as an object of that class; over them what is given."""
+        shared = {one.name: getattr(self, one.name) for one in options_of(kind) if hasattr(self, one.name)}
+        return kind(**shared | given)
 
 
 @functools.cache

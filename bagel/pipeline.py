@@ -11,7 +11,7 @@ from PIL import Image
 
 from bagel.checkpoint.load import Convert
 from bagel.generation.batches import draw_all, read_all, stream, working, write_all
-from bagel.generation.reading import Input, check_inputs, check_texts, with_images
+from bagel.generation.reading import check_inputs, check_texts, with_images
 from bagel.generation.session import Session
 from bagel.modeling import Attention, Bagel
 from bagel.modeling.attention import attention_of, check_backend
@@ -39,6 +39,7 @@ from bagel.signatures import (
     GenerateImages,
     GenerateText,
     GenerateTexts,
+    Input,
     Stream,
     takes,
 )
@@ -415,7 +416,7 @@ class BagelPipeline:
         each = [given] if single else one_by_one(given, len(batch))
         options = [make_options(task, values, preset) for values in each]
         sessions = [self._session(own) for own in options]
-        with working(sessions, f"working on {len(sessions)} request(s)"):  # all of it or nothing
+        with working(sessions):  # all of it or nothing
             if task == "understand":
                 read_all(sessions, batch)
                 results: list[Any] = [*write_all(sessions, options[0])]
@@ -432,7 +433,6 @@ class BagelPipeline:
         system = options.system_prompt
         if system is None and options.think:
             system = THINK_GENERATE if draws else THINK_UNDERSTAND
-        drops = isinstance(options, ImageOptions) and "image_dropped" in branch_names(options.guide)
-        return Session(
-            self.model, self.vae, self.processor, options, system_prompt=system, draws=draws, drops_images=drops
-        )
+        own = options.part(SessionOptions, system_prompt=system, draws=draws)
+        drops_images = isinstance(options, ImageOptions) and "image_dropped" in branch_names(options.guide)
+        return Session(self.model, self.vae, self.processor, own, drops_images=drops_images)

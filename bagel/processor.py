@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 
 import torch
 from PIL import Image
@@ -22,7 +22,7 @@ from bagel.image import (
     to_levels,
     unpatchify,
 )
-from bagel.packing import LatentImage, Packed, Segment, Text, ViTImage, pack
+from bagel.packing import LatentImage, Packed, Text, ViTImage, pack
 from bagel.tokenizer import Tokenizer
 
 LARGEST_SIDE = 1024
@@ -190,6 +190,7 @@ class Processor:
 
     # Sequences ------------------------------------------------------------------------------------------------------
 
-    def pack(self, samples: Sequence[Sequence[Segment]], starts: Sequence[int] | None = None) -> Packed:
-        """Pack samples with this model's image tokens; arguments and errors are those of `bagel.packing.pack`."""
-        return pack(samples, image_tokens=self.image_tokens, starts=starts)
+    @cached_property
+    def pack(self) -> Callable[..., Packed]:
+        """Packs samples with this model's image tokens: `bagel.packing.pack` with all of its other arguments."""
+        return partial(pack, image_tokens=self.image_tokens)

@@ -26,7 +26,7 @@ R = TypeVar("R", covariant=True)
 S = TypeVar("S", covariant=True)
 
 Input = str | Image.Image
-"""One piece of a prompt: a text, or an image."""
+"""One piece of what is read: a text, or an image."""
 Images = Image.Image | Sequence[Image.Image]
 Texts = list[str] | tuple[str, ...]
 """Several texts: no sequence, of which a text itself is one."""

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 from functools import lru_cache, partial
+from types import SimpleNamespace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from bagel.config import LAYER_MODULES, BagelConfig, DecoderConfig, VAEConfig, ViTConfig
+from bagel.generation.contexts import Contexts
 from bagel.kernels import Rotary
 from bagel.modeling import Bagel, Branch, Context, Decoder, Denoiser
 from bagel.modeling.bagel import TimestepEmbedder
@@ -120,6 +122,11 @@ def packed_of(*samples, **options) -> Packed:
 
 packs = partial(pack, image_tokens=IMAGE_TOKENS)
 """Packs lists of samples for the small model, as `Processor.pack` does."""
+
+
+def new_contexts(model: Bagel | None = None, *, eager: bool = True) -> Contexts:
+    """Contexts of a conversation with the small model, or another of its sizes."""
+    return Contexts(model or small_model(), SimpleNamespace(pack=packs), eager=eager)  # pyright: ignore
 
 
 def in_order(packed: Packed, hidden: tuple[Tensor, Tensor]) -> Tensor:

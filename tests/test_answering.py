@@ -10,7 +10,7 @@ import torch
 from conftest import REFERENCE
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from small_model import assert_same, held, latents, packs, small_model, text, vit
+from small_model import assert_same, held, latents, new_contexts, small_model, text, vit
 
 from bagel.generation.batches import _decoding as decoding_of
 from bagel.generation.contexts import Contexts, Utterance, append_all
@@ -98,10 +98,14 @@ def test_any_split_into_tokens_gives_the_text_up_to_the_stop_string(pieces, stop
 PROMPTS = [[text(4, seed=1)], [latents(3), vit(5), text(2, seed=2)], [text(9, seed=3), vit(2)]]
 
 
+def contexts_of(segments) -> Contexts:
+    contexts = new_contexts()
+    append_all([contexts], [[Utterance(segment, "text") for segment in segments]])
+    return contexts
+
+
 def context_of(segments) -> Context:
-    contexts = Contexts.empty(small_model())
-    append_all(small_model(), packs, [(contexts, [Utterance(segment, "text") for segment in segments])])
-    return contexts.full
+    return contexts_of(segments).full
 
 
 def generator(seed: int) -> torch.Generator:
@@ -266,7 +270,7 @@ def test_a_drawn_text_draws_nothing_after_its_stop_string(monkeypatch):
     session = SimpleNamespace(
         model=model,
         processor=SimpleNamespace(tokenizer=TOKENIZER),
-        state=SimpleNamespace(contexts=SimpleNamespace(full=context)),
+        contexts=SimpleNamespace(full=context),
         generator=drawn,
     )
     options = make_options("write", {"do_sample": True, "temperature": 0.01, "stop": ["."]})
@@ -304,10 +308,10 @@ def test_log_probabilities_are_those_of_the_model_before_it_is_sampled_from(samp
 
 
 def test_a_given_text_is_scored_as_it_would_be_written():
-    context = context_of(PROMPTS[1])
-    before = held(context)
+    contexts = contexts_of(PROMPTS[1])
+    context, before = contexts.full, held(contexts.full)
     (answer,) = last_of([context], [generator(3)], SAMPLED, 8, logprobs=True)
-    found = score(small_model(), packs, context, Text(torch.tensor([BOS, *answer.ids, EOS])))
+    found = score(contexts, Text(torch.tensor([BOS, *answer.ids, EOS])))
     assert found[:-1] == pytest.approx(answer.logprobs, abs=1e-4)
     assert len(found) == len(answer.ids) + 1
     assert_same(held(context), before)

@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-from types import SimpleNamespace
-
 import pytest
 import torch
 from conftest import assert_close
-from small_model import assert_same, held, latents, packs, small_model, text, vit
+from small_model import assert_same, held, latents, new_contexts, small_model, text, vit
 
-from bagel.generation.contexts import Contexts, Utterance, append_all
-from bagel.generation.drawing import branch_contexts, shared_branches
-from bagel.modeling import Context
+from bagel.generation.contexts import Contexts, Utterance, append_all, branches_of
+from bagel.modeling import Branch, Context
 from bagel.modeling.cache import claim_all
 from bagel.options import make_options
 
@@ -29,23 +26,27 @@ NEGATIVE = text(101, seed=5)
 def read_into(contexts: Contexts, *names: str) -> Contexts:
     for name in names:
         if name == "turn":
+            contexts.answered = True
             contexts.begin_turn()
         else:
-            append_all(small_model(), packs, [(contexts, UTTERANCES[name]())])
+            append_all([contexts], [UTTERANCES[name]()])
     return contexts
 
 
 def read(*names: str, eager: bool = True) -> Contexts:
-    return read_into(Contexts.empty(small_model(), eager=eager), *names)
+    return read_into(new_contexts(eager=eager), *names)
 
 
-def asked(*conversations: Contexts, negatives=None, **options) -> list[dict[str, Context]]:
-    """The contexts that guidance gets, by name, for each conversation."""
-    processor = SimpleNamespace(pack=packs)
+def branches(*conversations: Contexts, negatives=None, **options) -> tuple[list[Branch], list[dict[str, int]]]:
+    """The branches that guidance gets, and which they are by name for each conversation."""
     chosen = make_options("draw", {"cfg_img_scale": 2.0} | options)
-    given = negatives or [None] * len(conversations)
-    found = branch_contexts(small_model(), processor, conversations, chosen, given)
-    return [{name: own[i] for name, own in found.items()} for i in range(len(conversations))]
+    return branches_of(conversations, chosen, negatives or [None] * len(conversations))
+
+
+def asked(*conversations: Contexts, **options) -> list[dict[str, Context]]:
+    """The contexts that guidance gets, by name, for each conversation."""
+    found, names = branches(*conversations, **options)
+    return [{name: found[index].context for name, index in own.items()} for own in names]
 
 
 def size(context: Context) -> tuple[int, int]:
@@ -173,7 +174,7 @@ def test_a_negative_prompt_stands_where_the_dropped_text_began(names, text_dropp
 def test_a_negative_prompt_before_an_image_is_reading_it_before_the_image():
     found = asked(read("system", "text", "image"), negatives=[NEGATIVE])[0]["text_dropped"]
     wanted = read("system")
-    append_all(small_model(), packs, [(wanted, [Utterance(NEGATIVE, "text")])])
+    append_all([wanted], [[Utterance(NEGATIVE, "text")]])
     read_into(wanted, "image")
     assert_same(held(found), held(wanted.full))
 
@@ -218,11 +219,10 @@ def test_the_plan_may_stay_where_images_are_dropped(names, image_dropped):
 
 def places(contexts: Contexts) -> list[tuple[str, str]]:
     """Which branch stands where: behind its context or before it; names with the same tokens share one."""
-    found = asked(contexts)[0]
-    branches, (names,) = shared_branches({name: [context] for name, context in found.items()}, 1)
-    claims = claim_all([branch.context for branch in branches], [2] * len(branches), keeps=False)
+    found, (names,) = branches(contexts)
+    claims = claim_all([branch.context for branch in found], [2] * len(found), keeps=False)
     behind = [claim.block.start > 0 and claim.seen.stop == claim.block.stop for claim in claims]
-    return [(name, "tail" if behind[index] else "headroom") for name, index in names.items() if len(branches) > index]
+    return [(name, "tail" if behind[index] else "headroom") for name, index in names.items()]
 
 
 def test_place_is_the_headroom_for_prefixes_of_full_alone():
@@ -233,10 +233,8 @@ def test_place_is_the_headroom_for_prefixes_of_full_alone():
 
 
 def test_branches_with_the_same_tokens_are_one():
-    found = asked(read("text"), read("text", "image"), read("image"))
-    contexts = {name: [own[name] for own in found] for name in found[0]}
-    branches, names = shared_branches(contexts, 3)
-    assert [(branch.image, size(branch.context)) for branch in branches] == [
+    found, names = branches(read("text"), read("text", "image"), read("image"))
+    assert [(branch.image, size(branch.context)) for branch in found] == [
         (0, (3, 3)),
         (0, (0, 0)),
         (1, (17, 5)),
@@ -253,9 +251,9 @@ def test_branches_with_the_same_tokens_are_one():
 
 def test_several_generations_at_once_are_one_by_one():
     names = [("text", "image", "other"), ("text",), ("image", "text")]
-    together = [Contexts.empty(small_model()) for _ in names]
+    together = [new_contexts() for _ in names]
     entries = [[entry for name in own for entry in UTTERANCES[name]()] for own in names]
-    append_all(small_model(), packs, list(zip(together, entries, strict=True)))
+    append_all(together, entries)
     for found, own in zip(asked(*together), names, strict=True):
         alone = asked(read(*own))[0]
         for name in ("full", "text_dropped", "image_dropped"):

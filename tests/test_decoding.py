@@ -8,9 +8,9 @@ import pickle
 import pytest
 import torch
 from conftest import REFERENCE, assert_close, load_model
-from small_model import DENSE, assert_same, held, new_model, packs, small_model, text
+from small_model import DENSE, assert_same, held, new_contexts, new_model, small_model, text
 
-from bagel.generation.contexts import Contexts, Utterance, append_all
+from bagel.generation.contexts import Utterance, append_all
 from bagel.generation.writing import Decoding
 from bagel.kernels import attend_appended
 from bagel.modeling import Bagel, Reference
@@ -25,10 +25,10 @@ LENGTHS = (2, 9, 5)
 
 def contexts_of(model: Bagel, lengths=LENGTHS):
     """Contexts that hold a text of each length."""
-    conversations = [Contexts.empty(model) for _ in lengths]
+    conversations = [new_contexts(model) for _ in lengths]
     with torch.no_grad():
         utterances = [[Utterance(text(length, seed=length), "text")] for length in lengths]
-        append_all(model, packs, list(zip(conversations, utterances, strict=True)))
+        append_all(conversations, utterances)
     return [contexts.full for contexts in conversations]
 
 

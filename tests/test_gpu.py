@@ -62,7 +62,7 @@ def velocity_error(pipe: BagelPipeline, variant: str, name: str) -> float:
     with torch.inference_mode():
         if options.get("think"):
             plan = Utterance(pipe.processor.text(case["output_text"][0]), "plan")
-            conversation.append_all(pipe.model, pipe.processor.pack, [(session.contexts, [plan])])
+            conversation.append_all([session.contexts], [[plan]])
         velocity = session.velocity(**drawn)
         times = flow_timesteps(options["num_timesteps"], shift=options["timestep_shift"]).tolist()
         found = [velocity(x, t) for x, t in zip(want["x_t"], times[:-1], strict=True)]

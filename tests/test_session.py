@@ -99,7 +99,7 @@ def test_a_drawn_image_enters_by_its_pixels_where_that_is_asked_for():
 
 
 def test_a_session_that_only_answers_reads_no_latents():
-    alone = Session(PIPE.model, PIPE.vae, PIPE.processor, draws=False).read(PHOTO, "what?")
+    alone = PIPE.session(draws=False).read(PHOTO, "what?")
     wanted = PIPE.understand(PHOTO, "what?", max_new_tokens=5)
     assert alone.write(max_new_tokens=5).token_ids == wanted.token_ids
     with pytest.raises(ValueError, match="reads images only to answer"):
@@ -374,7 +374,7 @@ def test_an_answer_that_is_still_streamed_ends_where_the_session_goes_on():
     length = session.read("a").contexts.full.length
     pieces.close()
     assert session.contexts.full.length == length
-    assert not session.state.unread
+    assert not session.contexts.unread
     roles = [entry.role for entry in session.contexts.turn]
     assert roles == ["text"], "the answer stands before the text, in the turn of before"
 
@@ -383,7 +383,7 @@ def test_a_stream_that_fails_before_a_word_leaves_the_session_as_it_was():
     session = PIPE.session().read("a riddle")
     with pytest.raises(ZeroDivisionError):
         list(session.stream(max_new_tokens=5, sampling=lambda logits, generators: 1 / 0))
-    assert not session.state.unread
+    assert not session.contexts.unread
     assert (
         session.write(max_new_tokens=5).token_ids == PIPE.session().read("a riddle").write(max_new_tokens=5).token_ids
     )

@@ -13,7 +13,7 @@ from bagel.cli.arguments import given_options
 from bagel.cli.model import check_options, load, open_images
 from bagel.generation import Session
 from bagel.image import open_image
-from bagel.options import THINK_UNDERSTAND, TextOptions
+from bagel.options import THINK_UNDERSTAND, SessionOptions, TextOptions
 
 HELP = "commands: /image PATH shows an image, /reset forgets everything, /quit leaves"
 
@@ -44,9 +44,9 @@ def chat(args: Namespace) -> None:
     """Talk until the input ends; everything said and shown stays in the session until /reset."""
     options: TextOptions = replace(check_options(args, "understand"), seed=args.seed)
     pipe = load(args, draws=False)
-    system = THINK_UNDERSTAND if options.think and options.system_prompt is None else None
-    # Without an autoencoder: images that are only asked about enter by the ViT alone.
-    chat = Chat(Session(pipe.model, None, pipe.processor, options, system_prompt=system), options)
+    system = THINK_UNDERSTAND if options.think and options.system_prompt is None else options.system_prompt
+    own = options.part(SessionOptions, system_prompt=system, draws=False)  # images enter by the ViT alone
+    chat = Chat(Session(pipe.model, None, pipe.processor, own), options)
     if sys.stdin.isatty():
         with suppress(ImportError):
             import readline  # noqa: F401 - gives input() a line editor

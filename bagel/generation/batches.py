@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import sys
 from collections.abc import Generator, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any
@@ -14,13 +13,14 @@ from tqdm.auto import tqdm
 
 from bagel.generation.contexts import Utterance, append_all
 from bagel.generation.drawing import decoded, start_noise, velocity_of
-from bagel.generation.reading import Input, check_inputs
+from bagel.generation.reading import check_inputs
 from bagel.generation.writing import Answer, Decoding, texts_of
 from bagel.memory import explain_out_of_memory
 from bagel.options import DrawOptions, Writing
 from bagel.parameters import options_of
 from bagel.results import ImageResult, TextResult
-from bagel.sampling import GuidedVelocity, integrate
+from bagel.sampling import Euler, flow_timesteps, integrate
+from bagel.signatures import Input
 
 if TYPE_CHECKING:
     from bagel.generation.session import Session
@@ -29,27 +29,20 @@ LESS = "use fewer at a time, smaller images, fewer images among the inputs, a sh
 
 
 @contextmanager
-def working(sessions: Sequence[Session], doing: str) -> Iterator[None]:
+def working(sessions: Sequence[Session], doing: str = "") -> Iterator[None]:
     """Work without gradients on the sessions' device; whatever is raised meanwhile, the sessions stay as they were."""
-    before = [(session.state.fork(), session.generator.get_state()) for session in sessions]
+    doing = doing or f"working on {len(sessions)} request(s)"
+    before = [(session.contexts.fork(), session.generator.get_state()) for session in sessions]
     device = sessions[0].model.device  # a GPU is made the current one, as its kernels and graphs need
     gpu = torch.cuda.device(device) if device.type == "cuda" else nullcontext()
     try:
         with explain_out_of_memory(doing, way_out=LESS), gpu, torch.inference_mode():
             yield
     except BaseException:
-        for session, (state, generator) in zip(sessions, before, strict=True):
-            session.state = state
+        for session, (contexts, generator) in zip(sessions, before, strict=True):
+            session.contexts = contexts
             session.generator.set_state(generator)
         raise
-
-
-def shows_progress(wanted: bool) -> bool:
-    """Whether a bar is wanted and somebody can see it: on a terminal or in a notebook."""
-    try:
-        return wanted and ("ipykernel" in sys.modules or sys.stderr.isatty())
-    except (AttributeError, ValueError):  # a service has no stderr, or a closed one
-        return False
 
 
 # Reading --------------------------------------------------------------------------------------------------------------
@@ -64,16 +57,13 @@ def read_all(
     """Let each session read its pieces; arguments and errors as for `Session.read`, one for each."""
     for own in pieces:
         check_inputs(own)
-    with working(sessions, f"working on {len(sessions)} request(s)"):
+    with working(sessions):
         catch_up(sessions)
-        for session in sessions:
-            session.begin_turn()
-        given = posterior_noise or [None] * len(sessions)
-        new = [
-            session.reader.utterances(own, session.generator, noise)
-            for session, own, noise in zip(sessions, pieces, given, strict=True)
-        ]
-        _read(sessions, new)
+        new = []
+        for session, own, noise in zip(sessions, pieces, posterior_noise or [None] * len(sessions), strict=True):
+            session.contexts.begin_turn()
+            new.append(session.reader.utterances(own, session.generator, noise))
+        append_all([session.contexts for session in sessions], new)
 
 
 def catch_up(sessions: Sequence[Session]) -> None:
@@ -81,20 +71,9 @@ def catch_up(sessions: Sequence[Session]) -> None:
     for session in sessions:
         if session.open_stream is not None:
             session.end_stream()
-    late = [session for session in sessions if session.state.unread or session.state.drawn]
+    late = [session for session in sessions if session.contexts.unread or session.contexts.drawn]
     if late:
-        _read(late, [session.take_unread() for session in late])
-
-
-def _read(sessions: Sequence[Session], utterances: Sequence[Sequence[Utterance]]) -> None:
-    model, pack = sessions[0].model, sessions[0].processor.pack
-    reading = [(session.state.contexts, own) for session, own in zip(sessions, utterances, strict=True)]
-    for contexts, own in reading:  # at once, instead of growing with each
-        contexts.full.reserve(sum(utterance.segment.length for utterance in own))
-    append_all(model, pack, reading)
-    for session, own in zip(sessions, utterances, strict=True):
-        sizes = [utterance.size for utterance in own if utterance.size is not None]
-        session.state.size = sizes[-1] if sizes else session.state.size
+        append_all([session.contexts for session in late], [session.take_unread() for session in late])
 
 
 # Writing --------------------------------------------------------------------------------------------------------------
@@ -119,11 +98,12 @@ def write_all(sessions: Sequence[Session], options: Writing) -> list[TextResult]
 
 def plan_all(sessions: Sequence[Session], options: Any) -> None:
     """Let each session write a plan and read it again as an ordinary text; see `Session.think`."""
-    with working(sessions, f"working on {len(sessions)} request(s)"):
+    with working(sessions):
         plans, _ = _written(sessions, options, desc="thinking")
-        _read(sessions, [[Utterance(s.processor.text(plan), "plan")] for s, plan in zip(sessions, plans, strict=True)])
-    for session, plan in zip(sessions, plans, strict=True):
-        session.state.plan = plan
+        contexts = [session.contexts for session in sessions]
+        append_all(contexts, [[Utterance(sessions[0].processor.text(plan), "plan")] for plan in plans])
+        for own, plan in zip(contexts, plans, strict=True):
+            own.plan = plan
 
 
 def stream(session: Session, options: Writing) -> Generator[str]:
@@ -149,18 +129,17 @@ def stream(session: Session, options: Writing) -> Generator[str]:
 
 def hear(session: Session, answer: Answer) -> None:
     """Let a session remember an answer as something still to be read, by its own ids."""
-    session.state.unread.append(Utterance(session.processor.written(answer.ids), "answer"))
-    session.state.answered = True
+    session.contexts.unread += (Utterance(session.processor.written(answer.ids), "answer"),)
+    session.contexts.answered = True
 
 
 def _written(sessions: Sequence[Session], options: Any, *, desc: str) -> tuple[list[str], list[Answer]]:
     """Return a text and its answer for each session."""
     texts = [""] * len(sessions)
-    progress = shows_progress(sessions[0].options.progress)
-    with working(sessions, f"working on {len(sessions)} request(s)"):
+    with working(sessions):
         catch_up(sessions)
         decoding = _decoding(sessions, options)
-        with tqdm(desc=desc, unit="token", leave=False, disable=not progress) as bar:
+        with tqdm(desc=desc, unit="token", leave=False, disable=not sessions[0].shows_progress) as bar:
             for pieces in texts_of(decoding, options.stop_strings):
                 texts = [text + piece for text, piece in zip(texts, pieces, strict=True)]
                 bar.update(max(len(answer.ids) for answer in decoding.answers) - bar.n)
@@ -173,7 +152,7 @@ def _decoding(sessions: Sequence[Session], options: Any) -> Decoding:
     return Decoding(
         sessions[0].model,
         sessions[0].processor.tokenizer,
-        [session.state.contexts.full for session in sessions],
+        [session.contexts.full for session in sessions],
         [session.generator for session in sessions],
         chooser=chooser,
         limit=options.text_limit,
@@ -201,21 +180,6 @@ def check_shared(sessions: Sequence[Session], options: Sequence[Any]) -> None:
             raise ValueError(f"sessions that draw together share {one.name}, got {values[0]!r} and others")
 
 
-def _begun(
-    sessions: Sequence[Session], options: Sequence[DrawOptions], sizes: Sequence[tuple[int, int]]
-) -> tuple[Tensor, GuidedVelocity]:
-    """Return the start noise of all images, one after the other, and their velocity."""
-    model, processor = sessions[0].model, sessions[0].processor
-    noise, negatives = [], []
-    for session, own, size in zip(sessions, options, sizes, strict=True):
-        noise.append(start_noise(processor, size, session.generator, own.noise).to(model.device))
-        text = own.negative_prompt
-        allow_special = session.options.allow_special
-        negatives.append(None if text is None else processor.text(text, allow_special=allow_special))
-    conversations = [session.state.contexts for session in sessions]
-    return torch.cat(noise), velocity_of(model, processor, conversations, sizes, options[0], negatives)
-
-
 def draw_all(sessions: Sequence[Session], options: Sequence[DrawOptions]) -> list[ImageResult]:
     """Let each session draw an image; see `Session.draw`.
 
@@ -226,33 +190,33 @@ def draw_all(sessions: Sequence[Session], options: Sequence[DrawOptions]) -> lis
         check_shared(sessions, options)
     shared, model, processor = options[0], sessions[0].model, sessions[0].processor
     vae = sessions[0].reader.drawing_vae()
-    with working(sessions, f"working on {len(sessions)} request(s)"):
+    with working(sessions):
         catch_up(sessions)
         if shared.think:
             plan_all(sessions, shared)
         else:
             model.graphs.decode_step = None  # drawing may need the memory
         sizes = [session.size_of(own) for session, own in zip(sessions, options, strict=True)]
-        noise, velocity = _begun(sessions, options, sizes)
-        hidden = not shows_progress(sessions[0].options.progress)
+        noise = [start_noise(*each) for each in zip(sessions, sizes, [own.noise for own in options], strict=True)]
+        velocity = velocity_of(sessions, options, sizes)
         x = integrate(
-            shared.step_solver,
+            Euler() if shared.solver is None else shared.solver,
             velocity,
-            noise,
-            shared.timesteps,
+            torch.cat(noise),
+            flow_timesteps(shared.num_timesteps, shift=shared.timestep_shift),
             sizes=velocity.sizes,
             on_step=shared.on_step,
-            watch=functools.partial(tqdm, desc="drawing", unit="step", disable=hidden),
+            watch=functools.partial(tqdm, desc="drawing", unit="step", disable=not sessions[0].shows_progress),
         )
         latents = [processor.image(z, *size) for z, size in zip(x.split(velocity.sizes), sizes, strict=True)]
         drawn = [(z, decoded(vae, z)) for z in latents]
     for session, image in zip(sessions, drawn, strict=True):
-        session.state.drawn, session.state.answered = image, True
+        session.contexts.drawn, session.contexts.answered = image, True
     with torch.inference_mode(False):  # so that the latents may take part in a gradient computation
         results = [
-            ImageResult(image, session.state.plan, z.cpu().clone(), session.generator.initial_seed())
+            ImageResult(image, session.contexts.plan, z.cpu().clone(), session.generator.initial_seed())
             for session, (z, image) in zip(sessions, drawn, strict=True)
         ]
     for session in sessions:
-        session.state.plan = None  # it was that of this image
+        session.contexts.plan = None  # it was that of this image
     return results

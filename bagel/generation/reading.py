@@ -15,13 +15,11 @@ from bagel.config import MissingHalfError
 from bagel.generation.contexts import Utterance
 from bagel.image import PreparedImage, in_unit
 from bagel.modeling import Bagel
-from bagel.options import check_noise
+from bagel.options import SessionOptions, check_noise
 from bagel.parameters import described
 from bagel.processor import Processor
+from bagel.signatures import Input
 from bagel.vae import Autoencoder
-
-Input = str | Image.Image
-"""One piece of what is read: a text, or an image."""
 
 
 @dataclass(frozen=True)
@@ -32,15 +30,13 @@ class Reader:
         model: who will read them.
         vae: its autoencoder, or None.
         processor: its rules.
-        options: how texts and images are read, see `bagel.options.Reading`, `Seeing` and `Encoding`.
-        draws: images are read as latents too, so that something can be drawn from them.
+        options: how texts and images are read.
     """
 
     model: Bagel
     vae: Autoencoder | None
     processor: Processor
-    options: Any
-    draws: bool
+    options: SessionOptions
 
     def drawing_vae(self) -> Autoencoder:
         """Return the autoencoder.
@@ -53,7 +49,7 @@ class Reader:
                 "this model was loaded without its generating half: it cannot draw or edit; "
                 "load a checkpoint that has it, with ae.safetensors, and without visual_gen=False"
             )
-        if not self.draws:
+        if not self.options.draws:
             raise MissingHalfError("this session reads images only to answer: begin one with draws=True to draw")
         return self.vae
 
@@ -95,7 +91,7 @@ class Reader:
     ) -> list[Utterance]:
         """Return what an image is read as: its clean latents if something is to be drawn, and what the ViT sees."""
         seen = Utterance(self.processor.see(prepared), "image")
-        if not self.draws:
+        if self.vae is None or not self.options.draws:
             return [seen]
         latents = self.encoded(self.processor.pixels(prepared), generator, noise)
         width, height = prepared.size
@@ -109,7 +105,7 @@ class Reader:
         if not config.visual_und:  # a model that cannot see draws on from the latents alone
             return [own]
         prepared = self.processor.prepare(image, once=self.options.resize_once)
-        if getattr(self.options, "reread", "latents") == "pixels":
+        if self.options.reread == "pixels":
             return self.image(prepared, generator)
         return [own, Utterance(self.processor.see(prepared), "image")]
 

@@ -8,9 +8,9 @@ from __future__ import annotations
 import copy
 import inspect
 import operator
+import sys
 import weakref
 from collections.abc import Generator, Sequence
-from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -18,8 +18,8 @@ from PIL import Image
 from torch import Tensor
 
 from bagel.generation.batches import catch_up, draw_all, plan_all, read_all, stream, working, write_all
-from bagel.generation.contexts import Contexts, Utterance
-from bagel.generation.drawing import Size, decoded, start_noise, velocity_of
+from bagel.generation.contexts import Contexts, Size, Utterance
+from bagel.generation.drawing import decoded, start_noise, velocity_of
 from bagel.generation.reading import Input, Reader
 from bagel.generation.writing import score
 from bagel.modeling import Bagel
@@ -37,31 +37,6 @@ from bagel.results import ImageResult, TextResult
 from bagel.sampling import GuidedVelocity
 from bagel.signatures import takes
 from bagel.vae import Autoencoder
-
-
-@dataclass
-class State:
-    """What changes in a session as it goes on.
-
-    Args:
-        contexts: all that was read.
-        unread: what is to be read before anything else: the system prompt, or what was written last.
-        drawn: the last image, if it is still to be read: latents (Z, h, w) and the image.
-        plan: the text of this turn's plan.
-        size: of the last image that was read or drawn.
-        answered: the model spoke last, so that a turn begins with what is read next.
-    """
-
-    contexts: Contexts
-    unread: list[Utterance]
-    drawn: tuple[Tensor, Image.Image] | None = None
-    plan: str | None = None
-    size: Size | None = None
-    answered: bool = False
-
-    def fork(self) -> State:
-        """Return a state that goes its own way from here."""
-        return replace(self, contexts=self.contexts.fork(), unread=[*self.unread])
 
 
 class Velocity:
@@ -88,20 +63,21 @@ class Velocity:
 
     def noise(self) -> Tensor:
         """Return start noise (n, P) float32 from the session's generator, on the model's device."""
-        return start_noise(self.session.processor, self.size, self.session.generator).to(self.session.model.device)
+        return start_noise(self.session, self.size)
 
 
 class Session:
     """One conversation: its contexts, its random generator, and what it has still to read.
 
+    Attributes:
+        contexts: what writing and drawing start from; what was written or drawn last enters them later.
+        generator: what all its random draws come from.
+
     Args:
         model: who reads, writes and draws.
         vae: its autoencoder; None for a model that only understands.
         processor: its rules for texts and images.
-        options: those of the whole session, see `bagel.options.SessionOptions`.
-        system_prompt: comes first; by default that of the options.
-        draws: images are read as latents too, so that something can be drawn from them; by default as the options say,
-            where there is an autoencoder.
+        options: those of the whole session.
         drops_images: guidance will ask for the branch without images, so texts are read for it at once.
     """
 
@@ -110,29 +86,26 @@ class Session:
         model: Bagel,
         vae: Autoencoder | None,
         processor: Processor,
-        options: Any = None,
+        options: SessionOptions | None = None,
         *,
-        system_prompt: str | None = None,
-        draws: bool | None = None,
         drops_images: bool = True,
     ) -> None:
         self.options = SessionOptions() if options is None else options
-        self.system_prompt = self.options.system_prompt if system_prompt is None else system_prompt
         self.model, self.processor = model, processor
-        if draws is None:
-            draws = vae is not None and getattr(self.options, "draws", True)
-        self.reader = Reader(model, vae, processor, self.options, bool(draws))
+        self.reader = Reader(model, vae, processor, self.options)
         self.generator = self.options.new_generator()
-        self.drops_images = drops_images and self.reader.draws
+        self.drops_images = drops_images and self.options.draws and vae is not None
+        self.shows_progress = self.options.progress and _is_watched()
         self.open_stream: weakref.ref[Generator[str]] | None = None
         self.reset()
 
     def reset(self) -> None:
         """Forget everything that was read, written and drawn, and free its memory; the generator goes on."""
-        self.end_stream()
-        system = self.system_prompt
-        unread = [] if system is None else [Utterance(self.processor.text(system), "system")]
-        self.state = State(Contexts.empty(self.model, eager=self.drops_images), unread)
+        if self.open_stream is not None:
+            self.end_stream()
+        self.contexts = Contexts(self.model, self.processor, eager=self.drops_images)
+        if self.options.system_prompt is not None:
+            self.contexts.unread = (Utterance(self.processor.text(self.options.system_prompt), "system"),)
 
     def __enter__(self) -> Session:
         return self
@@ -140,16 +113,11 @@ class Session:
     def __exit__(self, *_: object) -> None:
         self.reset()
 
-    @property
-    def contexts(self) -> Contexts:
-        """The contexts that writing and drawing start from; what was written or drawn last enters them later."""
-        return self.state.contexts
-
     def fork(self) -> Session:
         """Return a session that has read the same and goes its own way from here, its generator too."""
         self.end_stream()
         other = copy.copy(self)
-        other.state = self.state.fork()
+        other.contexts = self.contexts.fork()
         other.generator = torch.Generator(self.generator.device)
         other.generator.set_state(self.generator.get_state())
         return other
@@ -204,8 +172,8 @@ class Session:
             options: by name, below.
         """
         plan_all([self], make_options("think", options))
-        assert self.state.plan is not None
-        return self.state.plan
+        assert self.contexts.plan is not None
+        return self.contexts.plan
 
     @takes("draw", DrawOptions, ImageResult)
     def draw(self, **options: Any) -> ImageResult:
@@ -226,7 +194,7 @@ class Session:
         return draw_all([self], [make_options("draw", self._guided(options))])[0]
 
     def _guided(self, options: dict[str, Any]) -> dict[str, Any]:
-        shown = self.contexts.has_images or self.state.drawn is not None
+        shown = self.contexts.has_images or self.contexts.drawn is not None
         return {**EDIT, **options} if shown and options.get("guidance") is None else options
 
     def score(self, answer: str | Sequence[int]) -> tuple[float, ...]:
@@ -238,7 +206,7 @@ class Session:
         written = self.processor.text(answer) if isinstance(answer, str) else self.processor.written(answer)
         with working([self], "scoring"):
             catch_up([self])
-            return tuple(score(self.model, self.processor.pack, self.contexts.full, written))
+            return tuple(score(self.contexts, written))
 
     # What `bagel.generation.batches` asks of each ------------------------------------------------------------------
 
@@ -249,18 +217,13 @@ class Session:
             found.close()
             self.open_stream = None
 
-    def begin_turn(self) -> None:
-        """Begin a turn if the model spoke last."""
-        if self.state.answered:
-            self.state.contexts.begin_turn()
-            self.state.answered, self.state.plan = False, None
-
     def take_unread(self) -> list[Utterance]:
         """Return what has to be read before the session goes on, and take it as read."""
-        state, found = self.state, self.state.unread
-        if state.drawn is not None:
-            found = [*found, *self.reader.drawn(*state.drawn, self.generator)]
-        state.unread, state.drawn = [], None
+        contexts = self.contexts
+        found = [*contexts.unread]
+        if contexts.drawn is not None:
+            found += self.reader.drawn(*contexts.drawn, self.generator)
+        contexts.unread, contexts.drawn = (), None
         return found
 
     def size_of(self, options: VelocityOptions) -> Size:
@@ -272,7 +235,7 @@ class Session:
         """
         self.reader.drawing_vae()
         side = self.processor.default_side
-        height, width = self.state.size or (side, side)
+        height, width = self.contexts.size or (side, side)
         height = height if options.height is None else options.height
         width = width if options.width is None else options.width
         self.processor.check_size(height, width)
@@ -291,10 +254,7 @@ class Session:
         with working([self], "preparing to draw"):
             catch_up([self])
             size = self.size_of(chosen)
-            text = chosen.negative_prompt
-            negative = None if text is None else self.processor.text(text, allow_special=self.options.allow_special)
-            guided = velocity_of(self.model, self.processor, [self.contexts], [size], chosen, [negative])
-        return Velocity(self, guided, size)
+            return Velocity(self, velocity_of([self], [chosen], [size]), size)
 
     def encode(self, image: Image.Image) -> tuple[Tensor, Size]:
         """Return the latent tokens (n, P) float32 of an image, and the (height, width) that it was resized to."""
@@ -313,3 +273,11 @@ class Session:
         self.processor.check_size(height, width)
         with working([self], "decoding"):
             return decoded(self.reader.drawing_vae(), self.processor.image(x, height, width).to(self.model.device))
+
+
+def _is_watched() -> bool:
+    """Whether somebody can see a progress bar: on a terminal or in a notebook."""
+    try:
+        return "ipykernel" in sys.modules or sys.stderr.isatty()
+    except (AttributeError, ValueError):  # a service has no stderr, or a closed one
+        return False

@@ -9,8 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from bagel.generation.contexts import Contexts
 from bagel.modeling import Bagel, Context
 from bagel.modeling.decoding import give_back, take_step
+from bagel.packing import Text
 from bagel.parameters import described
 from bagel.sampling import TextSampling
 from bagel.tokenizer import TextStream, Tokenizer
@@ -234,10 +236,11 @@ def texts_of(decoding: Decoding, stop: Sequence[str] = ()) -> Iterator[list[str]
 
 
 @torch.inference_mode()
-def score(model: Bagel, pack: Any, context: Context, segment: Any) -> list[float]:
-    """Return the log-probability of each token of a text segment (n,) but the first, given a context and the others."""
-    packed = pack([[segment]], starts=[context.position]).to(model.device)
-    hidden = model.prefill(packed, [context.fork()]).und
+def score(contexts: Contexts, segment: Text) -> list[float]:
+    """Return the log-probability of each token of a text (n,) but the first, given what was read and the others."""
+    model, context = contexts.model, contexts.full.fork()
+    packed = contexts.processor.pack([[segment]], starts=[context.position]).to(model.device)
+    hidden = model.prefill(packed, [context]).und
     found = []
     for rows, ids in zip(hidden[:-1].split(256), packed.text_ids[1:].split(256), strict=True):  # logits are large
         found += model.logits(rows).log_softmax(-1).gather(-1, ids[:, None])[:, 0].tolist()

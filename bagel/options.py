@@ -5,30 +5,32 @@
 from __future__ import annotations
 
 import secrets
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
 
-from bagel.parameters import Parameters, build, option, options_of
+from bagel.parameters import Parameters, build, described, option, options_of
 from bagel.sampling import (
+    BRANCHES,
+    SHIFTS,
     Caching,
     Chooser,
     Choosing,
-    Euler,
     Guidance,
     GuidanceRule,
     Guiding,
     OnStep,
     Solver,
-    TaylorSeer,
     TextSampling,
     branch_names,
     flow_timesteps,
 )
 
+MOST_TOKENS, MOST_TIMES = 1_000_000, 100_000
+"""Limits beyond what any memory holds: a larger number is a slip."""
 SAMPLING, GUIDANCE = ([one.name for one in options_of(kind)] for kind in (Choosing, Guiding))
 
 THINK_UNDERSTAND = (
@@ -74,6 +76,35 @@ PRESETS: dict[str, dict[str, Mapping[str, Any]]] = {
 (editing only), and a fast draft with fewer evaluations."""
 
 
+def check_noise(name: str, noise: Tensor) -> Tensor:
+    """Return a given noise; raise TypeError or ValueError where it is no finite floating-point tensor."""
+    if not noise.is_floating_point():
+        raise TypeError(f"{name} must be a floating-point tensor, got {noise.dtype}")
+    if not noise.isfinite().all():
+        raise ValueError(f"{name} must be finite, got NaN or infinity in it")
+    return noise
+
+
+def _each_noise(name: str, noises: Sequence[Tensor]) -> Sequence[Tensor]:
+    return tuple(check_noise(f"{name}[{i}]", noise) for i, noise in enumerate(noises))
+
+
+def _on_cpu(name: str, generator: torch.Generator) -> torch.Generator:
+    if generator.device.type != "cpu":
+        raise ValueError(
+            f"{name} must be on the CPU, where all noise is drawn so that a seed gives the same image everywhere; "
+            f"got one on {generator.device}"
+        )
+    return generator
+
+
+def _with_branches(name: str, rule: GuidanceRule) -> GuidanceRule:
+    names = branch_names(rule)
+    if not isinstance(names, Collection) or isinstance(names, str) or not set(BRANCHES).issuperset(names):
+        raise TypeError(f"the names of {name} must be branches among {', '.join(BRANCHES)}, got {described(names)}")
+    return rule
+
+
 @dataclass(frozen=True, kw_only=True)
 class Seeded(Parameters):
     """Where random draws come from."""
@@ -87,18 +118,8 @@ class Seeded(Parameters):
         metavar="N",
     )
     generator: torch.Generator | None = option(
-        None, "draws instead of a seed; on the CPU; it moves on", instead_of=["seed"], per_item="each"
+        None, "draws instead of a seed; on the CPU; it moves on", instead_of=["seed"], per_item="each", check=_on_cpu
     )
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.seed is not None and self.generator is not None:
-            raise ValueError("give a seed or a generator, not both")
-        if self.generator is not None and self.generator.device.type != "cpu":
-            raise ValueError(
-                f"generator must be on the CPU, where all noise is drawn so that a seed gives the same image "
-                f"everywhere; got one on {self.generator.device}"
-            )
 
     def new_generator(self) -> torch.Generator:
         """Return the generator of one request: the one given, or a fresh one with the seed."""
@@ -167,7 +188,7 @@ class Writing(Chosen):
     """How a text is written."""
 
     max_new_tokens: int | None = option(
-        None, "limit of the answer; by default 512, or 1000 with think", at_least=1, metavar="N"
+        None, "limit of the answer; by default 512, or 1000 with think", at_least=1, at_most=MOST_TOKENS, metavar="N"
     )
     stop: str | Sequence[str] = option((), "the answer ends before the first of these texts", metavar="TEXT")
     logprobs: bool = option(False, "also return the log-probability of each token", typed=False)
@@ -185,19 +206,22 @@ class Writing(Chosen):
     @property
     def text_limit(self) -> int:
         """New tokens of the answer."""
-        return self.max_new_tokens or 512
+        return self.max_new_tokens or (1000 if getattr(self, "think", False) else 512)
 
 
 @dataclass(frozen=True, kw_only=True)
 class PlanOptions(Chosen):
     """Everything that can be asked of a plan within a session. In a class with `think` that must be on."""
 
-    max_think_tokens: int = option(1000, "limit of the plan", at_least=1, needs="think", metavar="N")
+    max_think_tokens: int = option(
+        1000, "limit of the plan", at_least=1, at_most=MOST_TOKENS, needs="think", metavar="N"
+    )
     do_sample: bool = option(False, "draw the tokens of the plan instead of taking the likeliest", needs="think")
     sampling: Chooser | None = option(
         None, "chooses the tokens of the plan: a function of logits and generators", instead_of=SAMPLING, needs="think"
     )
     stop_strings: ClassVar[tuple[str, ...]] = ()
+    logprobs: ClassVar[bool] = False
 
     @property
     def text_limit(self) -> int:
@@ -209,21 +233,21 @@ class PlanOptions(Chosen):
 class Planning(PlanOptions, Thinking):
     """Whether a plan is written before an image, and how."""
 
-    @property
-    def text_limit(self) -> int:
-        """New tokens of the plan; 0 without one."""
-        return super().text_limit if self.think else 0
-
 
 @dataclass(frozen=True, kw_only=True)
 class Flow(Parameters):
     """The times of the flow from noise to an image, and which evaluations are predicted."""
 
     num_timesteps: int = option(
-        50, "times of the flow: one more than steps", at_least=2, flags=["--steps"], metavar="N"
+        50, "times of the flow: one more than steps", at_least=2, at_most=MOST_TIMES, flags=["--steps"], metavar="N"
     )
     timestep_shift: float = option(
-        3.0, "the larger, the more of the steps go to the noisy end", above=0, flags=["--shift"], metavar="S"
+        3.0,
+        "the larger, the more of the steps go to the noisy end",
+        at_least=SHIFTS[0],
+        at_most=SHIFTS[1],
+        flags=["--shift"],
+        metavar="S",
     )
     taylorseer: bool = option(False, "predict most evaluations instead of computing them: faster, lossy")
     caching: Caching | None = option(None, "predicts evaluations in its own way", instead_of=["taylorseer"])
@@ -232,11 +256,6 @@ class Flow(Parameters):
     def timesteps(self) -> Tensor:
         """The times of the flow; see `bagel.sampling.flow_timesteps`."""
         return flow_timesteps(self.num_timesteps, shift=self.timestep_shift)
-
-    @property
-    def cache(self) -> Caching | None:
-        """What predicts evaluations, if anything does."""
-        return TaylorSeer() if self.caching is None and self.taylorseer else self.caching
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -254,7 +273,7 @@ class VelocityOptions(Guiding, Flow):
         None, "what to keep away from; takes the place of the dropped text", per_item="shared", metavar="TEXT"
     )
     guidance: GuidanceRule | None = option(
-        None, "combines the velocities of the branches in its own way", instead_of=GUIDANCE
+        None, "combines the velocities of the branches in its own way", instead_of=GUIDANCE, check=_with_branches
     )
     drop: Literal["text", "turn"] = option(
         "text", "what guidance by the text drops: the last text, or every text of the last turn", metavar="WHAT"
@@ -281,21 +300,11 @@ class Drawing(VelocityOptions):
 
     solver: Solver | None = option(None, "takes the steps; by default Euler's, which is the official one")
     noise: Tensor | None = option(
-        None, "start noise (height / 16 * width / 16, 64) instead of drawing it", per_item="each"
+        None, "start noise (height / 16 * width / 16, 64) instead of drawing it", per_item="each", check=check_noise
     )
     on_step: OnStep | None = option(
         None, "called with every `FlowStep`; latents that it returns take the next ones' place"
     )
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.noise is not None:
-            check_noise("noise", self.noise)
-
-    @property
-    def step_solver(self) -> Solver:
-        """What takes the steps."""
-        return Euler() if self.solver is None else self.solver
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -313,25 +322,18 @@ class EditOptions(Seeing, Encoding, ImageOptions):
     """Everything that can be asked of an edit."""
 
     posterior_noise: Sequence[Tensor] | None = option(
-        None, "for each input image (16, h / 8, w / 8), instead of drawing it", per_item="each"
+        None, "for each input image (16, h / 8, w / 8), instead of drawing it", per_item="each", check=_each_noise
     )
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.posterior == "mean" and self.posterior_noise is not None:
             raise ValueError('posterior_noise has no effect with posterior="mean": give one of them')
-        for i, noise in enumerate(self.posterior_noise or ()):
-            check_noise(f"posterior_noise[{i}]", noise)
 
 
 @dataclass(frozen=True, kw_only=True)
 class TextOptions(Shown, Seeded, Seeing, Reading, Thinking, Writing):
     """Everything that can be asked of an answer."""
-
-    @property
-    def text_limit(self) -> int:
-        """New tokens of the answer."""
-        return 1000 if self.think and self.max_new_tokens is None else super().text_limit
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -344,14 +346,6 @@ class SessionOptions(Shown, Seeded, Seeing, Reading, Encoding):
         "what a drawn image enters the session by: its own latents, or its pixels encoded again",
         metavar="WHAT",
     )
-
-
-def check_noise(name: str, noise: Tensor) -> None:
-    """Raise TypeError or ValueError where a given noise is no finite floating-point tensor."""
-    if not noise.is_floating_point():
-        raise TypeError(f"{name} must be a floating-point tensor, got {noise.dtype}")
-    if not noise.isfinite().all():
-        raise ValueError(f"{name} must be finite, got NaN or infinity in it")
 
 
 TASKS: Mapping[str, tuple[type[Parameters], str]] = {
@@ -408,6 +402,8 @@ def one_by_one(given: Mapping[str, Any], count: int) -> list[dict[str, Any]]:
             raise ValueError(f"a batch of {count} needs {count} values of {name!r} in a list, got a single one")
         if len(value) != count:
             raise ValueError(f"a batch of {count} needs {count} values of {name!r}, got {len(value)}")
+        if name == "generator" and len({id(own) for own in value}) < count:
+            raise ValueError("each request of a batch needs a generator of its own: give another to each")
         for options, own in zip(each, value, strict=True):
             options[name] = own
     return each

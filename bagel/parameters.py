@@ -48,6 +48,7 @@ class Option:
         flags: further spellings on the command line.
         metavar: how the command line's help calls the value.
         typed: False keeps it from the command line.
+        check: of its name and a value that is not None: returns the value to keep, or raises what `checked` does.
     """
 
     name: str = ""
@@ -63,6 +64,7 @@ class Option:
     flags: Sequence[str] = ()
     metavar: str | tuple[str, ...] | None = None
     typed: bool = True
+    check: Callable[[str, Any], Any] | None = None
 
     @property
     def explained(self) -> str:
@@ -83,18 +85,13 @@ class Option:
         if (choices := choices_of(self.kind)) and value is not None and value not in choices:
             listed = f"{', '.join(choices[:-1])} or {choices[-1]}"
             raise ValueError(f"{self.name} must be one of {listed}, got {value!r}")
-        bounds = (self.at_least, self.at_most, self.above)
-        if isinstance(value, int | float) and bounds != (None, None, None) and not self._holds(value):
-            raise ValueError(f"{self.name} must {self._range(whole=isinstance(value, int))}, got {value}")
-        return value
-
-    def _holds(self, value: float) -> bool:
-        return (
-            (isinstance(value, int) or math.isfinite(value))
-            and (self.at_least is None or value >= self.at_least)
-            and (self.at_most is None or value <= self.at_most)
-            and (self.above is None or value > self.above)
-        )
+        if isinstance(value, int | float) and (self.at_least, self.at_most, self.above) != (None, None, None):
+            low = -math.inf if self.at_least is None else self.at_least
+            high = math.inf if self.at_most is None else self.at_most
+            finite = isinstance(value, int) or math.isfinite(value)
+            if not (finite and low <= value <= high and (self.above is None or value > self.above)):
+                raise ValueError(f"{self.name} must {self._range(whole=isinstance(value, int))}, got {value}")
+        return value if self.check is None or value is None else self.check(self.name, value)
 
     def _range(self, *, whole: bool) -> str:
         least = self.at_least if self.above is None else self.above
@@ -224,6 +221,8 @@ def taken(kind: Any, value: Any) -> Any:
         return tuple(taken(get_args(kind)[0], one) for one in value)  # its own: a list could change later
     if not isinstance(value, str if origin is Literal else origin):
         raise TypeError
+    if isinstance(value, type) and getattr(origin, "_is_protocol", False):
+        raise TypeError  # a class where one of its objects is wanted
     return value
 
 

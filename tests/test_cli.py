@@ -351,6 +351,12 @@ def listener(pipe: BagelPipeline) -> Session:
     return Session(pipe.model, None, pipe.processor)
 
 
+def test_chat_without_an_input_says_so(monkeypatch, capsys):
+    monkeypatch.setattr("sys.stdin", None)
+    assert exit_code("chat") == 2
+    assert "reads questions from the standard input, and there is none" in capsys.readouterr().err
+
+
 def test_chat_keeps_the_context_of_images_questions_and_answers(pipe, monkeypatch, capsys):
     monkeypatch.setattr("sys.stdin", io.StringIO(f"/image {IMAGE}\nwhat?\n\nand then?\n/reset\nwhat?\n/quit\nno\n"))
     assert exit_code("chat", *SHORT) == 0

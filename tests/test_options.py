@@ -83,10 +83,15 @@ def test_an_option_of_a_wrong_type_is_named_with_what_it_got_and_wants(name, val
 VALUES = [
     (ValueError, "seed must lie between", {"seed": 2**70}),
     (ValueError, "seed must lie between", {"seed": -(2**63) - 1}),
-    (ValueError, "max_new_tokens must be at least 1, got 0", {"max_new_tokens": 0}),
-    (ValueError, "max_think_tokens must be at least 1, got 0", {"think": True, "max_think_tokens": 0}),
-    (ValueError, "num_timesteps must be at least 2, got 1", {"num_timesteps": 1}),
-    (ValueError, "timestep_shift must be positive and finite, got 0.0", {"timestep_shift": 0.0}),
+    (ValueError, "max_new_tokens must lie between 1 and 1000000, got 0", {"max_new_tokens": 0}),
+    (ValueError, "max_new_tokens must lie between 1 and 1000000, got 1000", {"max_new_tokens": 10**30}),
+    (ValueError, "max_think_tokens must lie between 1 and 1000000, got 0", {"think": True, "max_think_tokens": 0}),
+    (ValueError, "num_timesteps must lie between 2 and 100000, got 1", {"num_timesteps": 1}),
+    (ValueError, "num_timesteps must lie between 2 and 100000, got 1000", {"num_timesteps": 10**30}),
+    (ValueError, r"timestep_shift must lie in \[0.001, 1000.0\], got 0.0", {"timestep_shift": 0.0}),
+    (ValueError, r"timestep_shift must lie in .*, got 1e\+300", {"timestep_shift": 1e300}),
+    (ValueError, r"cfg_text_scale must lie in \[0, 1000000.0\], got 1e\+30", {"cfg_text_scale": 1e30}),
+    (ValueError, "cfg_img_scale must lie in", {"cfg_img_scale": 1e30}),
     (ValueError, "temperature must be a finite number of at least 0, got -1.0", {"temperature": -1.0}),
     (ValueError, "posterior must be one of sample or mean, got 'max'", {"posterior": "max"}),
     (ValueError, "cfg_renorm_type must be one of global, channel", {"cfg_renorm_type": "total"}),
@@ -98,7 +103,7 @@ VALUES = [
     (ValueError, "negative_prompt has", {"negative_prompt": "a", "guidance": Guidance(cfg_text_scale=1.0)}),
     (ValueError, "cfg_interval must be a pair", {"cfg_interval": (0.1, 0.2, 0.3)}),
     (ValueError, "stop must not hold an empty string", {"stop": ["a", ""]}),
-    (ValueError, "give a seed or a generator, not both", {"seed": 1, "generator": torch.Generator()}),
+    (ValueError, "give seed or generator, not both", {"seed": 1, "generator": torch.Generator()}),
     (ValueError, "give cfg_img_scale or guidance, not both", {"guidance": Guidance(), "cfg_img_scale": 2.0}),
     (ValueError, "give taylorseer or caching, not both", {"taylorseer": True, "caching": TaylorSeer()}),
     (ValueError, "give do_sample or sampling, not both", {"think": True, "do_sample": True, "sampling": print}),
@@ -109,6 +114,29 @@ VALUES = [
 def test_a_value_out_of_range_or_without_effect_is_refused(error, message, options):
     with pytest.raises(error, match=message):
         make_options(task_of(options), options)
+
+
+class NamesOthers(Guidance):
+    names = ("full", "style")  # pyright: ignore
+
+
+@pytest.mark.parametrize(
+    ("message", "given"),
+    [
+        ("guidance must be a GuidanceRule or None, got type", {"guidance": Guidance}),
+        (
+            "guidance must be a GuidanceRule or None, got function",
+            {"guidance": lambda velocities, t: velocities["full"]},
+        ),
+        ("the names of guidance must be branches among full, text_dropped, image_dropped", {"guidance": NamesOthers()}),
+        ("caching must be a Caching or None, got type", {"caching": TaylorSeer}),
+        ("solver must be a Solver or None, got type", {"solver": Euler}),
+        ("solver must be a Solver or None, got int 5", {"solver": 5}),
+    ],
+)
+def test_a_part_of_a_wrong_form_is_refused(message, given):
+    with pytest.raises(TypeError, match=message):
+        make_options("text_to_image", given)
 
 
 def test_a_generator_must_be_on_the_cpu():
@@ -205,7 +233,7 @@ def test_defaults_are_the_official_ones():
 def test_limits_of_texts():
     assert [make_options("understand", {"think": think}).text_limit for think in (False, True)] == [512, 1000]
     assert make_options("understand", {"think": True, "max_new_tokens": 7}).text_limit == 7
-    assert [make_options("edit", {"think": think}).text_limit for think in (False, True)] == [0, 1000]
+    assert make_options("edit", {"think": True}).text_limit == 1000
     assert make_options("write", {}).text_limit == 512
     assert [make_options("think", given).text_limit for given in ({}, {"max_think_tokens": 7})] == [1000, 7]
 
@@ -226,8 +254,6 @@ def test_stop_strings_are_a_tuple():
 def test_parts_are_the_present_ones_unless_an_object_is_given():
     options = make_options("text_to_image", {"num_timesteps": 5, "timestep_shift": 2.0, "taylorseer": True})
     assert torch.equal(options.timesteps, flow_timesteps(5, shift=2.0))
-    assert (options.step_solver, options.cache) == (Euler(), TaylorSeer())
-    assert make_options("text_to_image", {}).cache is None
 
     def solver(velocity, x, t, next_t):
         return x
@@ -245,7 +271,7 @@ def test_parts_are_the_present_ones_unless_an_object_is_given():
     caching, rule = TaylorSeer(first=2), Rule()
     given = {"solver": solver, "guidance": rule, "caching": caching, "think": True, "sampling": chooser}
     options = make_options("edit", given)
-    assert (options.step_solver, options.guide, options.cache, options.chooser) == (solver, rule, caching, chooser)
+    assert (options.solver, options.guide, options.caching, options.chooser) == (solver, rule, caching, chooser)
     assert make_options("understand", {"sampling": chooser}).chooser is chooser
     assert make_options("text_to_image", {"guidance": rule, "negative_prompt": "blue"}).negative_prompt == "blue"
 
@@ -294,6 +320,12 @@ def test_lists_are_dealt_out_and_single_values_shared():
     shared = {"width": 48, "negative_prompt": None, "cfg_interval": [0.1, 0.9]}
     assert one_by_one({"seed": range(5, 7)}, 2) == [{"seed": 5}, {"seed": 6}]
     assert one_by_one(given, 2) == [{"seed": 1, "height": 64, **shared}, {"seed": 2, "height": 80, **shared}]
+
+
+def test_a_generator_for_two_requests_is_refused():
+    own = torch.Generator()
+    with pytest.raises(ValueError, match="each request of a batch needs a generator of its own"):
+        one_by_one({"generator": [own, torch.Generator(), own]}, 3)
 
 
 @pytest.mark.parametrize(

@@ -22,7 +22,6 @@ from bagel.sampling import (
     Velocity,
     branch_names,
     flow_timesteps,
-    guide,
     integrate,
 )
 
@@ -59,9 +58,11 @@ def test_a_shift_of_one_is_even_spacing(count):
     ("count", "shift", "message"),
     [
         (1, 1.0, "at least 2"),
-        (5, 0.0, "positive"),
-        (5, -1.0, "positive"),
-        (5, math.inf, "finite"),
+        (5, 0.0, "lie in"),
+        (5, 1e300, "lie in"),
+        (5, 1e-9, "lie in"),
+        (5, -1.0, "lie in"),
+        (5, math.inf, "lie in"),
         (5, math.nan, "nan"),
     ],
 )
@@ -259,6 +260,12 @@ def test_what_on_step_raises_ends_the_integration():
 V, V_TEXT, V_IMG = (randn(6, 4, seed=seed) for seed in range(3))
 SCALES = st.floats(1, 10, exclude_min=True)
 RENORMS = st.sampled_from(["global", "channel", "text_channel"])
+
+
+def guide(v, v_text, v_img, guidance: Guidance) -> torch.Tensor:
+    """The guided velocity of those of the branches; None leaves one out."""
+    given = {"full": v, "text_dropped": v_text} | ({} if v_img is None else {"image_dropped": v_img})
+    return guidance(given, 0.9)
 
 
 def guided_twin(v: Tensor, v_text: Tensor, v_img: Tensor, a: float, b: float, renorm: str, least: float) -> Tensor:
@@ -469,3 +476,23 @@ def test_guidance_that_asks_for_a_missing_branch_or_returns_no_velocity_is_named
     run = GuidedVelocity(Recorder({0: 0}, [3]), head, [3], [{FULL: 0}], Broken())
     with pytest.raises(TypeError, match=r"the guidance must return a tensor of shape \(3, 2\), got shape \(\)"):
         run(randn(3, 2), 0.25)
+
+
+@pytest.mark.parametrize("asked", [None, (), "full", 3])
+def test_guidance_whose_branches_are_no_names_is_refused(asked):
+    class Odd(OwnRule):
+        def branches(self, t):
+            return asked
+
+    run = GuidedVelocity(Recorder({0: 0}, [3]), head, [3], [{FULL: 0}], Odd())
+    with pytest.raises(TypeError, match="the guidance must return names of branches, got"):
+        run(randn(3, 2), 0.25)
+
+
+def test_a_solver_that_starts_nothing_is_refused():
+    class Still(Euler):
+        def start(self):
+            return None
+
+    with pytest.raises(TypeError, match=r"the solver's start\(\) must return what takes its steps, got None"):
+        integrate(Still(), lambda x, _: x, randn(2, 2), flow_timesteps(3))

@@ -157,6 +157,33 @@ def test_a_cache_of_ones_own_decides_what_is_computed():
     assert asked == [(1.0, (0,)), (0.5, (0,))] * 2
 
 
+def test_a_cache_of_a_wrong_form_is_refused():
+    class Repeats:
+        due = False
+
+        def start(self):
+            return self
+
+        def record(self, value: Tensor) -> None:
+            raise AssertionError
+
+        def predict(self):
+            return 0.0
+
+    class Nothing:
+        def start(self):
+            return None
+
+    for caching, message in (
+        (Nothing(), "an object with due, record"),
+        (Repeats(), r"return a tensor, got float 0\.0"),
+    ):
+        states = [{"full": 0}]
+        run = GuidedVelocity(lambda *_: [], lambda s: s, [2], states, Guidance(cfg_text_scale=1.0), caching)
+        with pytest.raises(TypeError, match=message):
+            run(torch.ones(2, 1), 1.0)
+
+
 # The next token -------------------------------------------------------------------------------------------------------
 
 LOGITS = torch.tensor([0.3, 2.0, -1.0, 1.2, 0.9])
@@ -170,7 +197,9 @@ def draws(count: int, logits: Tensor, sampling: TextSampling, generator: torch.G
     return [int(sampling(logits[None], [generator])) for _ in range(count)]
 
 
-@pytest.mark.parametrize("sampling", [TextSampling(), TextSampling(do_sample=True, temperature=0.0)])
+@pytest.mark.parametrize(
+    "sampling", [TextSampling(), *(TextSampling(do_sample=True, temperature=t) for t in (0.0, 1e-40))]
+)
 def test_greedy_and_temperature_zero_take_the_likeliest_and_draw_nothing(sampling):
     generator = seeded()
     state = generator.get_state()

@@ -10,6 +10,7 @@ from contextlib import closing, suppress
 from dataclasses import replace
 
 from bagel.cli.arguments import given_options
+from bagel.cli.errors import UsageError
 from bagel.cli.model import check_options, load, open_images
 from bagel.generation import Session
 from bagel.image import open_image
@@ -43,6 +44,8 @@ def understand(args: Namespace) -> None:
 def chat(args: Namespace) -> None:
     """Talk until the input ends; everything said and shown stays in the session until /reset."""
     options: TextOptions = replace(check_options(args, "understand"), seed=args.seed)
+    if sys.stdin is None:
+        raise UsageError("bagel chat reads questions from the standard input, and there is none: use bagel understand")
     pipe = load(args, draws=False)
     system = THINK_UNDERSTAND if options.think and options.system_prompt is None else options.system_prompt
     own = options.part(SessionOptions, system_prompt=system, draws=False)  # images enter by the ViT alone

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Generator, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -16,10 +16,10 @@ from bagel.generation.drawing import decoded, start_noise, velocity_of
 from bagel.generation.reading import check_inputs
 from bagel.generation.writing import Answer, Decoding, texts_of
 from bagel.memory import explain_out_of_memory
-from bagel.options import DrawOptions, Writing
+from bagel.options import DrawOptions, PlanOptions, Writing
 from bagel.parameters import options_of
 from bagel.results import ImageResult, TextResult
-from bagel.sampling import Euler, flow_timesteps, integrate
+from bagel.sampling import Euler, integrate
 from bagel.signatures import Input
 
 if TYPE_CHECKING:
@@ -96,7 +96,7 @@ def write_all(sessions: Sequence[Session], options: Writing) -> list[TextResult]
     ]
 
 
-def plan_all(sessions: Sequence[Session], options: Any) -> None:
+def plan_all(sessions: Sequence[Session], options: PlanOptions) -> None:
     """Let each session write a plan and read it again as an ordinary text; see `Session.think`."""
     with working(sessions):
         plans, _ = _written(sessions, options, desc="thinking")
@@ -133,7 +133,9 @@ def hear(session: Session, answer: Answer) -> None:
     session.contexts.answered = True
 
 
-def _written(sessions: Sequence[Session], options: Any, *, desc: str) -> tuple[list[str], list[Answer]]:
+def _written(
+    sessions: Sequence[Session], options: Writing | PlanOptions, *, desc: str
+) -> tuple[list[str], list[Answer]]:
     """Return a text and its answer for each session."""
     texts = [""] * len(sessions)
     with working(sessions):
@@ -146,7 +148,7 @@ def _written(sessions: Sequence[Session], options: Any, *, desc: str) -> tuple[l
     return texts, decoding.answers
 
 
-def _decoding(sessions: Sequence[Session], options: Any) -> Decoding:
+def _decoding(sessions: Sequence[Session], options: Writing | PlanOptions) -> Decoding:
     chooser = options.chooser
     drawn = bool(options.stop_strings) and not getattr(chooser, "greedy", False)
     return Decoding(
@@ -157,14 +159,14 @@ def _decoding(sessions: Sequence[Session], options: Any) -> Decoding:
         chooser=chooser,
         limit=options.text_limit,
         look_every=1 if drawn else None,  # a text that its reader ends at a stop string must not draw on meanwhile
-        logprobs=getattr(options, "logprobs", False),
+        logprobs=options.logprobs,
     )
 
 
 # Drawing --------------------------------------------------------------------------------------------------------------
 
 
-def check_shared(sessions: Sequence[Session], options: Sequence[Any]) -> None:
+def check_shared(sessions: Sequence[Session], options: Sequence[DrawOptions]) -> None:
     """Check that sessions can share their evaluations.
 
     Raises:
@@ -203,7 +205,7 @@ def draw_all(sessions: Sequence[Session], options: Sequence[DrawOptions]) -> lis
             Euler() if shared.solver is None else shared.solver,
             velocity,
             torch.cat(noise),
-            flow_timesteps(shared.num_timesteps, shift=shared.timestep_shift),
+            shared.timesteps,
             sizes=velocity.sizes,
             on_step=shared.on_step,
             watch=functools.partial(tqdm, desc="drawing", unit="step", disable=not sessions[0].shows_progress),

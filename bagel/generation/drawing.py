@@ -14,7 +14,7 @@ from bagel.image import to_image
 from bagel.modeling import Denoiser
 from bagel.options import VelocityOptions
 from bagel.packing import LatentImage
-from bagel.sampling import GuidedVelocity, TaylorSeer, flow_timesteps
+from bagel.sampling import GuidedVelocity, TaylorSeer
 from bagel.vae import Autoencoder
 
 if TYPE_CHECKING:
@@ -47,7 +47,7 @@ def velocity_of(
         headroom = target.length if len(branches) > len(sessions) else 0
         session.contexts.full.reserve(target.length, headroom=headroom)
         targets.append(target)
-    times = flow_timesteps(shared.num_timesteps, shift=shared.timestep_shift)[:-1].tolist()
+    times = shared.timesteps[:-1].tolist()
     denoiser = Denoiser(model, targets, branches, pack=processor.pack, times=times)
     caching = TaylorSeer() if shared.caching is None and shared.taylorseer else shared.caching
     return GuidedVelocity(denoiser.states, model.velocity, denoiser.sizes, names, shared.guide, caching)

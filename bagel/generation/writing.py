@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -14,7 +15,7 @@ from bagel.modeling import Bagel, Context
 from bagel.modeling.decoding import give_back, take_step
 from bagel.packing import Text
 from bagel.parameters import described
-from bagel.sampling import TextSampling
+from bagel.sampling import Chooser, TextSampling
 from bagel.tokenizer import TextStream, Tokenizer
 
 LOOK_EVERY = 8
@@ -33,18 +34,6 @@ class Answer:
     ids: list[int] = field(default_factory=list)
     finish_reason: str = ""
     logprobs: list[float] = field(default_factory=list)
-
-    def take(self, tokens: Sequence[int], logprobs: Sequence[float], *, eos: int, limit: int) -> int:
-        """Append tokens up to the end of the text, and return how many were looked at."""
-        for count, token in enumerate(tokens, 1):
-            if token == eos:
-                self.finish_reason = "stop"
-                return count
-            self.ids.append(token)
-            self.logprobs += logprobs[count - 1 : count]
-            if len(self.ids) == limit:
-                self.finish_reason = "length"
-        return len(tokens)
 
 
 class Decoding:
@@ -70,7 +59,7 @@ class Decoding:
         contexts: Sequence[Context],
         generators: Sequence[torch.Generator],
         *,
-        chooser: Any,
+        chooser: Chooser,
         limit: int,
         look_every: int | None = None,
         logprobs: bool = False,
@@ -85,45 +74,28 @@ class Decoding:
     @torch.inference_mode()
     def rounds(self) -> Iterator[list[Answer]]:
         """Yield all answers after each round of tokens, the same objects; the caller may set their `finish_reason`."""
-        step = None
+        step, forks = None, []
         if self.contexts and self.limit > LOOK_EVERY:  # a graph is worth its capture for more than a few tokens
             longest = max(context.length for context in self.contexts)
             step = take_step(self.model, len(self.contexts), longest + self.limit)
         try:
-            if step is None:
-                yield from self._plain_rounds()
-            else:
+            if step is not None:
                 step.begin(self.contexts)
-                yield from self._step_rounds(step)
+            else:
+                forks = [context.fork() for context in self.contexts]
+                for fork in forks:
+                    fork.reserve(self.limit)
+            active = list(range(len(self.answers)))
+            ids = torch.full((len(active),), self.tokenizer.bos_id, device=self.model.device)
+            while not all(answer.finish_reason for answer in self.answers):
+                ids = self._round(step or partial(self.model.decode, contexts=[forks[i] for i in active]), ids, active)
+                yield self.answers
+                places = [place for place, i in enumerate(active) if not self.answers[i].finish_reason]
+                if step is None and len(places) < len(active):  # a graph goes on with every text until all are finished
+                    ids, active = ids[places], [active[place] for place in places]
         finally:
             if step is not None:
                 give_back(self.model, step)
-
-    def _step_rounds(self, step: Any) -> Iterator[list[Answer]]:
-        """Decode all texts by a graph, which goes on with every text until all are finished."""
-        everyone, ids = list(range(len(self.answers))), self._first_ids()
-        while not self._finished():
-            ids = self._round(step, ids, everyone)
-            yield self.answers
-
-    def _plain_rounds(self) -> Iterator[list[Answer]]:
-        """Decode by forwards of the texts that are not finished."""
-        forks = [context.fork() for context in self.contexts]
-        for fork in forks:
-            fork.reserve(self.limit)
-        active, ids = list(range(len(forks))), self._first_ids()
-        while not self._finished():
-            ids = self._round(lambda ids: self.model.decode(ids, [forks[i] for i in active]), ids, active)  # noqa: B023
-            yield self.answers
-            places = [place for place, i in enumerate(active) if not self.answers[i].finish_reason]
-            if len(places) < len(active):
-                ids, active = ids[places], [active[place] for place in places]
-
-    def _first_ids(self) -> Tensor:
-        return torch.full((len(self.answers),), self.tokenizer.bos_id, device=self.model.device)
-
-    def _finished(self) -> bool:
-        return all(answer.finish_reason for answer in self.answers)
 
     def _round(self, logits_of: Any, ids: Tensor, active: Sequence[int]) -> Tensor:
         """Decode some tokens of the active texts, take what belongs to their answers, and return the last ids."""
@@ -161,13 +133,23 @@ class Decoding:
         return ids.long()
 
     def _take(self, i: int, tokens: list[int], logprobs: list[float], states: list[list[Tensor]], place: int) -> None:
-        """Take one text's new tokens, and wind its generator back to where the text ended."""
+        """Take one text's new tokens up to its end, and wind its generator back to where that was."""
         answer, generator = self.answers[i], self.generators[i]
-        taken = answer.take(tokens, logprobs, eos=self.tokenizer.eos_id, limit=self.limit)
-        if answer.finish_reason and self.draws:
-            generator.set_state(states[taken - 1][place])
-        if answer.finish_reason == "length" and hasattr(self.chooser, "discard"):
-            self.chooser.discard(self.vocab_size, generator)
+        for at, token in enumerate(tokens):
+            if token == self.tokenizer.eos_id:
+                answer.finish_reason = "stop"
+            else:
+                answer.ids.append(token)
+                answer.logprobs += logprobs[at : at + 1]
+                if len(answer.ids) == self.limit:
+                    answer.finish_reason = "length"
+            if answer.finish_reason:
+                if self.draws:
+                    generator.set_state(states[at][place])
+                break
+        discard = getattr(self.chooser, "discard", None)
+        if answer.finish_reason == "length" and discard is not None:
+            discard(self.vocab_size, generator)
 
 
 class TextWriter:

@@ -1,6 +1,6 @@
 """Segments of text and images, packed into one sequence: tokens, positions, experts, and who sees whom."""
 
-from bagel.packing.layout import LATENT, TEXT, VIT, Attention, Layout, SampleRows, Split, Tokens, mask_of, sees
+from bagel.packing.layout import LATENT, TEXT, VIT, Layout, Rule, SampleRows, Split, Tokens, mask_of, sees
 from bagel.packing.packed import Packed, pack
 from bagel.packing.segments import (
     IGNORE,
@@ -17,12 +17,12 @@ __all__ = [
     "LATENT",
     "TEXT",
     "VIT",
-    "Attention",
     "DroppedImage",
     "Frames",
     "LatentImage",
     "Layout",
     "Packed",
+    "Rule",
     "SampleRows",
     "Segment",
     "Split",

@@ -12,14 +12,14 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import KeyEntry, SequenceKey, register_pytree_node
 
-Attention = Literal["causal", "full", "noise"]
+Rule = Literal["causal", "full", "noise"]
 """Rule of a split: a token sees its split up to itself; or all of it; or all of it, and no later split sees it."""
-ATTENTION: tuple[Attention, ...] = ("causal", "full", "noise")
+RULES: tuple[Rule, ...] = ("causal", "full", "noise")
 TEXT, VIT, LATENT = range(3)
 """Kinds of runs: ids, patches and latents. The last two stand between two tokens of their own."""
 
 Run = tuple[int, int, int, int, int]
-"""Kind, tokens without the two around an image, sample, split within the sample, index into ATTENTION."""
+"""Kind, tokens without the two around an image, sample, split within the sample, index into RULES."""
 
 
 class Tokens(NamedTuple):
@@ -66,7 +66,7 @@ class Split:
     """Tokens of a sample that share an attention rule, counted in sequence order."""
 
     length: int
-    attention: Attention
+    attention: Rule
 
 
 @dataclass(frozen=True)
@@ -108,12 +108,17 @@ class Layout:
         runs: of all samples, in sequence order.
         next_positions: the rotary position that follows each sample.
         computed: what `tokens` gives once it was asked for: the only part that lives on a device.
+
+    Attributes:
+        samples: where each sample is.
+        lengths: tokens of each sample.
     """
 
     runs: tuple[Run, ...]
     next_positions: tuple[int, ...]
     computed: Tokens | None = None
-    _samples: tuple[SampleRows, ...] | None = field(default=None, init=False, repr=False, compare=False)
+    samples: tuple[SampleRows, ...] = field(init=False, repr=False, compare=False)
+    lengths: tuple[int, ...] = field(init=False, repr=False, compare=False)
 
     @classmethod
     @functools.cache
@@ -121,21 +126,24 @@ class Layout:
         """Return the layout of one new text token for each of `count` samples."""
         return cls(tuple((TEXT, 1, sample, 0, 0) for sample in range(count)), (1,) * count)
 
-    @property
-    def samples(self) -> tuple[SampleRows, ...]:
-        """Where each sample is."""
-        if self._samples is None:  # no functools.cached_property: Python 3.11 takes a lock there, which dynamo refuses
-            object.__setattr__(self, "_samples", samples_of(self.runs, len(self.next_positions)))
-        assert self._samples is not None
-        return self._samples
-
-    @property
-    def lengths(self) -> tuple[int, ...]:
-        """Tokens of each sample; counted anew at each call."""
-        lengths = [0] * len(self.next_positions)
-        for kind, count, sample, _, _ in self.runs:
-            lengths[sample] += count if kind == TEXT else count + 2
-        return tuple(lengths)
+    def __post_init__(self) -> None:
+        samples, und, gen, start = [], 0, 0, 0
+        for sample in range(len(self.next_positions)):
+            first, stop, splits = (und, gen), start, []
+            while stop < len(self.runs) and self.runs[stop][2] == sample:
+                kind, tokens, _, split, rule = self.runs[stop]
+                und += 2 if kind == LATENT else tokens + 2 * (kind == VIT)
+                gen += tokens if kind == LATENT else 0
+                length = tokens if kind == TEXT else tokens + 2
+                if split < len(splits):  # another frame
+                    length += splits.pop().length
+                splits.append(Split(length, RULES[rule]))
+                stop += 1
+            rows = SampleRows(slice(first[0], und), slice(first[1], gen), tuple(splits), self.runs[start:stop])
+            samples.append(rows)
+            start = stop
+        object.__setattr__(self, "samples", tuple(samples))
+        object.__setattr__(self, "lengths", tuple(len(rows) for rows in samples))
 
     @property
     def tokens(self) -> Tokens:
@@ -156,25 +164,6 @@ class Layout:
         return replace(self, computed=Tokens(*(moved(values, device) for values in self.computed)))
 
 
-def samples_of(runs: tuple[Run, ...], count: int) -> tuple[SampleRows, ...]:
-    """Return where each of `count` samples is."""
-    samples, und, gen, start = [], 0, 0, 0
-    for sample in range(count):
-        first, stop, splits = (und, gen), start, []
-        while stop < len(runs) and runs[stop][2] == sample:
-            kind, tokens, _, split, attention = runs[stop]
-            und += 2 if kind == LATENT else tokens + 2 * (kind == VIT)
-            gen += tokens if kind == LATENT else 0
-            length = tokens if kind == TEXT else tokens + 2
-            if split < len(splits):  # another frame
-                length += splits.pop().length
-            splits.append(Split(length, ATTENTION[attention]))
-            stop += 1
-        samples.append(SampleRows(slice(first[0], und), slice(first[1], gen), tuple(splits), runs[start:stop]))
-        start = stop
-    return tuple(samples)
-
-
 def tokens_of(runs: tuple[Run, ...]) -> Tokens:
     """Return the tokens of runs, one after the other."""
     kind, count, sample, split, attention = np.array(runs, dtype=np.int32).reshape(-1, 5).T
@@ -188,8 +177,8 @@ def tokens_of(runs: tuple[Run, ...]) -> Tokens:
     return Tokens(
         sample=torch.from_numpy(np.repeat(sample, length)),
         split=torch.from_numpy(np.repeat(split, length)),
-        causal=torch.from_numpy(np.repeat(attention == ATTENTION.index("causal"), length)),
-        noise=torch.from_numpy(np.repeat(attention == ATTENTION.index("noise"), length)),
+        causal=torch.from_numpy(np.repeat(attention == RULES.index("causal"), length)),
+        noise=torch.from_numpy(np.repeat(attention == RULES.index("noise"), length)),
         index=torch.arange(total, dtype=torch.int32),
         rows=torch.from_numpy(rows),
     )

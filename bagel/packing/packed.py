@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from bagel.image import in_unit
-from bagel.packing.layout import ATTENTION, LATENT, TEXT, VIT, Layout, Run, SampleRows, moved
+from bagel.packing.layout import LATENT, RULES, TEXT, VIT, Layout, Run, SampleRows, moved
 from bagel.packing.segments import IGNORE, LatentImage, Segment, Text, ViTImage
 
 Piece = Text | ViTImage | LatentImage
@@ -96,7 +96,7 @@ def pack(
         split = 0
         for segment in segments:
             found = segment.runs()
-            rule = ATTENTION.index(segment.attention)
+            rule = RULES.index(segment.attention)
             for piece, kind, count, offset in found:
                 pieces.append(piece)
                 runs.append((kind, count, sample, split, rule))
@@ -111,8 +111,7 @@ def pack(
     latent = kind == LATENT
     return Packed(
         **_und(pieces, kind, position, und, ids, image_tokens),
-        **_vit([piece for piece in pieces if isinstance(piece, ViTImage)]),
-        **_gen([piece for piece in pieces if isinstance(piece, LatentImage)], count[latent], position[latent]),
+        **_images(pieces, count[latent], position[latent]),
         layout=Layout(tuple(runs), tuple(next_positions)),
     )
 
@@ -197,24 +196,23 @@ def _labels(pieces: list[Piece], lengths: np.ndarray) -> tuple[np.ndarray, np.nd
     return rows, labels[rows], weights[rows]
 
 
-def _vit(images: list[ViTImage]) -> dict[str, Any]:
-    """Return what the ViT sees: all in 8 bits if all images are so, else all in [-1, 1]."""
-    patches = [image.patches for image in images]
+def _images(pieces: list[Piece], count: np.ndarray, position: np.ndarray) -> dict[str, Any]:
+    """Return what the ViT sees, all in 8 bits if all images are so, else all in [-1, 1]; and the gen stream.
+
+    `count` and `position` are the tokens and the rotary position of each image of latents.
+    """
+    seen = [piece for piece in pieces if isinstance(piece, ViTImage)]
+    patches = [image.patches for image in seen]
     if len({part.dtype for part in patches}) > 1:
         patches = [in_unit(part) for part in patches]
-    return {
-        "vit_patches": _cat(patches, torch.float32, name="patches"),
-        "vit_position_ids": _cat([image.position_ids for image in images], torch.long),
-        "vit_lengths": tuple(part.shape[0] for part in patches),
-    }
-
-
-def _gen(images: list[LatentImage], count: np.ndarray, position: np.ndarray) -> dict[str, Any]:
-    """Return the gen stream."""
+    images = [piece for piece in pieces if isinstance(piece, LatentImage)]
     times = np.array([image.timestep for image in images], dtype=np.float32)
     targets = [image.velocity for image in images if image.velocity is not None]
     aimed = np.repeat([image.velocity is not None for image in images], count) if targets else count[:0]
     return {
+        "vit_patches": _cat(patches, torch.float32, name="patches"),
+        "vit_position_ids": _cat([image.position_ids for image in seen], torch.long),
+        "vit_lengths": tuple(part.shape[0] for part in patches),
         "latents": _cat([image.latents for image in images], torch.float32, name="latents"),
         "latent_position_ids": _cat([image.position_ids for image in images], torch.long),
         "timesteps": torch.from_numpy(times.repeat(count)),

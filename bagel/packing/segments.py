@@ -7,7 +7,7 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from bagel.packing.layout import LATENT, TEXT, VIT, Attention
+from bagel.packing.layout import LATENT, TEXT, VIT, Rule
 
 IGNORE = -100
 """Label of a text token that has no loss."""
@@ -26,7 +26,7 @@ class Text:
     ids: Tensor
     labels: Tensor | None = None
     weights: Tensor | None = None
-    attention: ClassVar[Attention] = "causal"
+    attention: ClassVar[Rule] = "causal"
     end_label: ClassVar[None] = None
 
     @property
@@ -54,7 +54,7 @@ class ViTImage:
     patches: Tensor
     position_ids: Tensor
     end_label: int | None = None
-    attention: ClassVar[Attention] = "full"
+    attention: ClassVar[Rule] = "full"
     advance: ClassVar[int] = 1
 
     @property
@@ -88,7 +88,7 @@ class LatentImage:
     end_label: int | None = None
 
     @property
-    def attention(self) -> Attention:
+    def attention(self) -> Rule:
         """The attention rule of the segment's tokens."""
         return "noise" if self.noisy else "full"
 
@@ -122,7 +122,7 @@ class Frames:
 
     images: tuple[LatentImage, ...]
     deltas: tuple[int, ...]
-    attention: ClassVar[Attention] = "full"
+    attention: ClassVar[Rule] = "full"
 
     def __post_init__(self) -> None:
         if not self.images or len(self.deltas) != len(self.images) - 1:
@@ -153,7 +153,7 @@ class Frames:
 class DroppedImage:
     """A condition image left out for classifier-free guidance: no tokens, but it advances the rotary position."""
 
-    attention: ClassVar[Attention] = "full"
+    attention: ClassVar[Rule] = "full"
     length: ClassVar[int] = 0
     advance: ClassVar[int] = 1
 

@@ -12,6 +12,8 @@ from torch import Tensor
 
 from bagel.parameters import described
 
+SHIFTS = (0.001, 1000.0)
+"""The least and the largest shift; in float32 the times of one far beyond either are no longer those of a flow."""
 Velocity = Callable[[Tensor, float], Tensor]
 """x (N, P) float32, the tokens of all images of a batch one after the other, and the shifted time -> v (N, P)."""
 
@@ -74,12 +76,12 @@ def flow_timesteps(num_timesteps: int, *, shift: float = 1.0) -> Tensor:
     N times make N - 1 steps: the last time, 0, is only arrived at.
 
     Raises:
-        ValueError: fewer than 2 times, or a shift that is not positive.
+        ValueError: fewer than 2 times, or a shift out of `SHIFTS`.
     """
     if num_timesteps < 2:
         raise ValueError(f"num_timesteps must be at least 2 (one step), got {num_timesteps}")
-    if not 0 < shift < float("inf"):
-        raise ValueError(f"timestep_shift must be positive and finite, got {shift}")
+    if not SHIFTS[0] <= shift <= SHIFTS[1]:
+        raise ValueError(f"timestep_shift must lie in [{SHIFTS[0]}, {SHIFTS[1]}], got {shift}")
     t = torch.linspace(1, 0, num_timesteps, device="cpu")
     return shift * t / (1 + (shift - 1) * t)
 
@@ -111,6 +113,8 @@ def integrate(
     """
     times = timesteps.tolist()
     step = solver.start() if hasattr(solver, "start") else solver  # pyright: ignore[reportAttributeAccessIssue]
+    if not callable(step):
+        raise TypeError(f"the solver's start() must return what takes its steps, got {described(step)}")
     x = noise
     for index, (t, next_t) in enumerate(watch(list(itertools.pairwise(times)))):
         seen = velocity if on_step is None else _FirstOf(velocity)

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
 
-from bagel.parameters import Parameters, option
+from bagel.parameters import Parameters, described, option
 from bagel.sampling.flow import checked
 from bagel.sampling.taylorseer import CacheState, Caching
 
@@ -33,35 +33,39 @@ class GuidanceRule(Protocol):
         ...
 
 
+def _rising(name: str, pair: tuple[float, ...]) -> tuple[float, ...]:
+    if len(pair) != 2 or not pair[0] <= pair[1]:
+        raise ValueError(f"{name} must be a pair (low, high) with low <= high, got {pair!r}")
+    return pair
+
+
 @dataclass(frozen=True, kw_only=True)
 class Guiding(Parameters):
     """The options of `Guidance`, under their official names."""
 
     cfg_text_scale: float = option(
-        4.0, "how strongly to follow the text; 1 or less is no guidance at all", at_least=0, metavar="A"
+        4.0, "how strongly to follow the text; 1 or less is no guidance at all", at_least=0, at_most=1e6, metavar="A"
     )
     cfg_img_scale: float = option(
-        1.0, "how strongly to follow the input images; 1 or less leaves that step out", at_least=0, metavar="B"
+        1.0,
+        "how strongly to follow the input images; 1 or less leaves that step out",
+        at_least=0,
+        at_most=1e6,
+        metavar="B",
     )
     cfg_interval: tuple[float, float] = option(
-        (0.4, 1.0), "guidance acts at times low < t <= high, t from 1 to 0", metavar=("LOW", "HIGH")
+        (0.4, 1.0), "guidance acts at times low < t <= high, t from 1 to 0", metavar=("LOW", "HIGH"), check=_rising
     )
     cfg_renorm_type: Literal["global", "channel", "text_channel", "local"] = option(
         "global",
         "global keeps the norm of a whole image, channel that of each token, text_channel that of each token after the "
         "text step only; local is an alias of channel",
         metavar="TYPE",
+        check=lambda _, kind: "channel" if kind == "local" else kind,
     )
     cfg_renorm_min: float = option(
         0.0, "the least factor of that renormalisation; 1 switches it off", at_least=0, at_most=1, metavar="M"
     )
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.cfg_renorm_type == "local":
-            object.__setattr__(self, "cfg_renorm_type", "channel")
-        if len(self.cfg_interval) != 2 or not self.cfg_interval[0] <= self.cfg_interval[1]:
-            raise ValueError(f"cfg_interval must be a pair (low, high) with low <= high, got {self.cfg_interval!r}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -95,40 +99,28 @@ class Guidance(Guiding):
 
     def __call__(self, velocities: Mapping[str, Tensor], t: float, /) -> Tensor:
         """Return the guided velocity (n, P) of one image; that of the full branch where it stands alone."""
-        v, v_text = velocities["full"], velocities.get("text_dropped")
-        return v if v_text is None else guide(v, v_text, velocities.get("image_dropped"), self)
+        v, v_text, v_img = velocities["full"], velocities.get("text_dropped"), velocities.get("image_dropped")
+        if v_text is None:
+            return v
+        w = v_text + self.cfg_text_scale * (v - v_text)
+        if self.cfg_renorm_type == "text_channel":
+            w = w * self._factor(v, w)
+        if v_img is not None and self.cfg_text_scale > 1 and self.cfg_img_scale > 1:
+            w = v_img + self.cfg_img_scale * (w - v_img)
+        return w if self.cfg_renorm_type == "text_channel" else w * self._factor(v, w)
+
+    def _factor(self, v: Tensor, w: Tensor) -> Tensor:
+        """Return what brings w to the norm of v, at most 1: one number, or one per token (n, 1)."""
+        if self.cfg_renorm_type == "global":
+            ratio = v.norm() / (w.norm() + 1e-8)
+        else:
+            ratio = v.norm(dim=-1, keepdim=True) / (w.norm(dim=-1, keepdim=True) + 1e-8)
+        return ratio.clamp(min=self.cfg_renorm_min, max=1.0)
 
 
 def branch_names(rule: GuidanceRule) -> tuple[str, ...]:
     """Return the branches that a rule may ask for: those it names, or all."""
     return getattr(rule, "names", BRANCHES)
-
-
-def guide(v: Tensor, v_text: Tensor, v_img: Tensor | None, guidance: Guidance) -> Tensor:
-    """Combine the velocities of one image, each (n, P) float32.
-
-    Args:
-        v: with everything.
-        v_text: with the text dropped.
-        v_img: with the images dropped; None where that branch is not used.
-        guidance: scales and renormalisation; the interval is the caller's to check.
-    """
-    w = v_text + guidance.cfg_text_scale * (v - v_text)
-    if guidance.cfg_renorm_type == "text_channel":
-        w = w * _factor(v, w, guidance.cfg_renorm_min, per_token=True)
-    if v_img is not None and guidance.cfg_text_scale > 1 and guidance.cfg_img_scale > 1:
-        w = v_img + guidance.cfg_img_scale * (w - v_img)
-    if guidance.cfg_renorm_type == "text_channel":
-        return w
-    return w * _factor(v, w, guidance.cfg_renorm_min, per_token=guidance.cfg_renorm_type == "channel")
-
-
-def _factor(v: Tensor, w: Tensor, least: float, *, per_token: bool) -> Tensor:
-    if per_token:
-        ratio = v.norm(dim=-1, keepdim=True) / (w.norm(dim=-1, keepdim=True) + 1e-8)
-    else:
-        ratio = v.norm() / (w.norm() + 1e-8)
-    return ratio.clamp(min=least, max=1.0)
 
 
 States = Callable[[Tensor, float, tuple[int, ...]], Sequence[Tensor]]
@@ -165,25 +157,32 @@ class GuidedVelocity:
             TypeError: the guidance returns something else than a velocity.
         """
         names = self.guidance.branches(t)
+        if not isinstance(names, Collection) or isinstance(names, str) or not names:
+            raise TypeError(f"branches() of the guidance must return names of branches, got {described(names)}")
         if missing := [name for name in names if any(name not in own for own in self.branches)]:
             raise ValueError(f"the guidance asks for the branch {missing[0]!r}; there is {', '.join(self.branches[0])}")
         needed = tuple(dict.fromkeys(own[name] for own in self.branches for name in names))
-        velocity = {branch: self.head(state) for branch, state in self._states(x, t, needed).items()}
+        states = self.states(x, t, needed) if self.caching is None else self._cached(self.caching, x, t, needed)
+        velocity = {branch: self.head(state) for branch, state in zip(needed, states, strict=True)}
         guided = []
         for own, latents in zip(self.branches, x.split(list(self.sizes)), strict=True):
             v = self.guidance({name: velocity[own[name]] for name in names}, t)
             guided.append(checked("the guidance", v, like=latents))
         return guided[0] if len(guided) == 1 else torch.cat(guided)
 
-    def _states(self, x: Tensor, t: float, needed: tuple[int, ...]) -> dict[int, Tensor]:
-        if self.caching is None:
-            return dict(zip(needed, self.states(x, t, needed), strict=True))
+    def _cached(self, caching: Caching, x: Tensor, t: float, needed: tuple[int, ...]) -> list[Tensor]:
+        """Return the last-layer state of each needed branch, computed or predicted."""
         for branch in needed:
             if branch not in self.cached:
-                self.cached[branch] = self.caching.start()
+                self.cached[branch] = caching.start()
+                if not isinstance(state := self.cached[branch], CacheState):
+                    wanted = "an object with due, record and predict"
+                    raise TypeError(f"start() of the caching must return {wanted}, got {described(state)}")
         due = tuple(branch for branch in needed if self.cached[branch].due)
         found = {branch: self.cached[branch].predict() for branch in needed if branch not in due}
+        if wrong := [value for value in found.values() if not isinstance(value, Tensor)]:
+            raise TypeError(f"predict() of the caching must return a tensor, got {described(wrong[0])}")
         for branch, state in zip(due, self.states(x, t, due) if due else [], strict=True):
             self.cached[branch].record(state)
             found[branch] = state
-        return found
+        return [found[branch] for branch in needed]

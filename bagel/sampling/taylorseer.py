@@ -15,6 +15,7 @@ from torch import Tensor
 from bagel.parameters import Parameters, option
 
 
+@runtime_checkable
 class CacheState(Protocol):
     """The cached evaluations of one guidance branch of one image; lives for one generation."""
 

@@ -54,8 +54,8 @@ class TextSampling(Choosing):
 
     @property
     def greedy(self) -> bool:
-        """Whether the likeliest token is taken."""
-        return not self.do_sample or self.temperature == 0
+        """Whether the likeliest token is taken; divided by less than this, logits would leave the range of float32."""
+        return not self.do_sample or self.temperature < 1e-30
 
     def __call__(self, logits: Tensor, generators: Sequence[torch.Generator], /) -> Tensor:
         """Return the next token ids (B,) long from logits (B, vocab) float32; nothing is read from their device.

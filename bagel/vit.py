@@ -1,4 +1,4 @@
-"""SigLIP's vision transformer (arXiv 2303.15343) over packed images: patches of all of them in one row."""
+"""SigLIP's vision transformer (arXiv 2303.15343) over packed images of any size (arXiv 2307.06304)."""
 
 from __future__ import annotations
 
@@ -13,7 +13,9 @@ from torch import Tensor, nn
 
 from bagel.config import ViTConfig
 from bagel.embedding import Embedding
-from bagel.vit.rope import rotary_table, rotate
+
+THETA = 10000.0
+"""Base of the frequencies of the 2-D rotary embedding."""
 
 
 class SiglipViT(nn.Module):
@@ -122,3 +124,30 @@ def attend_within(
         return attend(*images).flatten(-2).flatten(0, 1)
     parts = zip(*(x.split(list(lengths)) for x in (q, k, v)), strict=True)
     return torch.cat([attend(*(x[None] for x in part))[0].flatten(-2) for part in parts])
+
+
+def rotary_table(position_ids: Tensor, *, side: int, head_dim: int) -> tuple[Tensor, Tensor]:
+    """Return the cosines and sines that `rotate` takes, computed in float32.
+
+    The first half of a head turns with the patch's row (`id // side`), the second with its column (`id % side`), each
+    with head_dim/4 frequencies THETA^(-4i/head_dim), i = 0, 1, ...
+
+    position_ids: (N,) integers, `row * side + column`.
+    Returns cos and sin, each (N, 1, 2, head_dim/4) in float32: patch, head (broadcast), row or column, frequency.
+    """
+    exponents = torch.arange(0, 1, 4 / head_dim, dtype=torch.float32, device=position_ids.device)
+    coordinates = torch.stack([position_ids // side, position_ids % side], dim=-1)  # (N, 2)
+    angles = coordinates[:, None, :, None] * THETA**-exponents  # (N, 1, 2, head_dim/4)
+    return angles.cos(), angles.sin()
+
+
+def rotate(x: Tensor, table: tuple[Tensor, Tensor]) -> Tensor:
+    """Turn queries or keys by their patch's row and column; computed in float32, rounded to x's type once.
+
+    x: (N, heads, head_dim); channel i of a half-head is paired with channel i + head_dim/4.
+    table: cos and sin of `rotary_table`.
+    """
+    cos, sin = table
+    first, second = x.unflatten(-1, (2, 2, -1)).unbind(-2)  # (N, heads, 2, head_dim/4) each
+    turned = torch.stack([first * cos - second * sin, second * cos + first * sin], dim=-2)
+    return turned.flatten(-3).to(x.dtype)

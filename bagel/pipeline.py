@@ -10,9 +10,11 @@ import torch
 from PIL import Image
 
 from bagel.checkpoint.load import Convert
-from bagel.generation.batches import draw_all, read_all, stream, working, write_all
-from bagel.generation.reading import check_inputs, check_texts, with_images
+from bagel.generation.contexts import working
+from bagel.generation.drawing import draw_all
+from bagel.generation.reading import check_inputs, check_texts, read_all, with_images
 from bagel.generation.session import Session
+from bagel.generation.writing import stream, write_all
 from bagel.modeling import Attention, Bagel
 from bagel.modeling.attention import attention_of, check_backend
 from bagel.options import (

@@ -6,6 +6,8 @@ given, so that channels-last weights and inputs stay so; kernels return channels
 
 from __future__ import annotations
 
+from collections import OrderedDict
+
 import torch
 import torch.nn.functional as F
 from einops import rearrange
@@ -90,7 +92,7 @@ class Encoder(nn.Module):
             DownLevel(in_width, width, blocks=config.num_res_blocks, resize=level < last)
             for level, (in_width, width) in enumerate(zip([config.ch, *widths[:-1]], widths, strict=True))
         )
-        self.mid = Middle(widths[-1])
+        self.mid = middle(widths[-1])
         self.norm_out = group_norm(widths[-1])
         self.conv_out = nn.Conv2d(widths[-1], 2 * config.z_channels, 3, padding=1)
 
@@ -109,7 +111,7 @@ class Decoder(nn.Module):
         super().__init__()
         widths = [config.ch * multiplier for multiplier in config.ch_mult]
         self.conv_in = nn.Conv2d(config.z_channels, widths[-1], 3, padding=1)
-        self.mid = Middle(widths[-1])
+        self.mid = middle(widths[-1])
         # Levels are numbered as in the encoder, from the largest size: the last runs first, number 0 keeps the size.
         self.up = nn.ModuleList(
             UpLevel(in_width, width, blocks=config.num_res_blocks + 1, resize=level > 0)
@@ -171,18 +173,10 @@ class AttentionBlock(nn.Module):
         return x + self.proj_out(rearrange(h, "b 1 (h w) c -> b c h w", h=x.shape[2]))
 
 
-class Middle(nn.Module):
-    """What both halves do at the smallest size: residual block, attention, residual block."""
-
-    def __init__(self, channels: int):
-        super().__init__()
-        self.block_1 = ResidualBlock(channels, channels)
-        self.attn_1 = AttentionBlock(channels)
-        self.block_2 = ResidualBlock(channels, channels)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Return the output, of the input's shape."""
-        return self.block_2(self.attn_1(self.block_1(x)))
+def middle(channels: int) -> nn.Sequential:
+    """Return what both halves do at the smallest size: residual block, attention, residual block."""
+    blocks = ResidualBlock(channels, channels), AttentionBlock(channels), ResidualBlock(channels, channels)
+    return nn.Sequential(OrderedDict(zip(("block_1", "attn_1", "block_2"), blocks, strict=True)))
 
 
 class Downsample(nn.Module):

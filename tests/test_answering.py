@@ -12,9 +12,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from small_model import assert_same, held, latents, new_contexts, small_model, text, vit
 
-from bagel.generation.batches import _decoding as decoding_of
 from bagel.generation.contexts import Contexts, Utterance, append_all
 from bagel.generation.writing import Answer, Decoding, TextWriter, score, texts_of
+from bagel.generation.writing import _decoding as decoding_of
 from bagel.modeling import Context
 from bagel.options import make_options
 from bagel.packing import Text

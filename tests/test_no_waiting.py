@@ -8,7 +8,7 @@ from PIL import Image
 
 from bagel import BagelPipeline
 from bagel.demo import CHECKPOINT
-from bagel.generation import batches
+from bagel.generation import drawing
 from bagel.modeling import Bagel
 from bagel.vae import Autoencoder
 
@@ -47,7 +47,7 @@ def test_drawing_reads_nothing_until_the_image_is_there(pipe, monkeypatch, task,
         found.append(latents)
         raise Arrived
 
-    monkeypatch.setattr(batches, "decoded", decoded)
+    monkeypatch.setattr(drawing, "decoded", decoded)
     with pytest.raises(Arrived):
         getattr(pipe, task)(*inputs, num_timesteps=12, height=64, width=64, progress=False, **given)
     (latents,), config = found, pipe.vae.config

@@ -9,24 +9,33 @@ from __future__ import annotations
 
 import copy
 import itertools
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
+import torch
 from PIL import Image
 from torch import Tensor
 
+from bagel.memory import explain_out_of_memory
 from bagel.modeling import Bagel, Branch, Context
 from bagel.options import VelocityOptions
 from bagel.packing import LatentImage, Text, ViTImage
 from bagel.processor import Processor
 from bagel.sampling import branch_names
 
+if TYPE_CHECKING:
+    from bagel.generation.session import Session
+
 Segment = Text | ViTImage | LatentImage
 Role = Literal["system", "text", "image", "plan", "answer"]
 """What a segment is in a conversation: `text` is the user's; images, whoever made them, are alike."""
 Size = tuple[int, int]
 """Height and width in pixels."""
+
+
+LESS = "use fewer at a time, smaller images, fewer images among the inputs, a shorter text, or dtype=torch.bfloat16"
 
 
 @dataclass(frozen=True)
@@ -204,3 +213,20 @@ def branches_of(
                 branches.append(Branch(image, contexts[image]))
             known[name] = alike[0] if alike else len(branches) - 1
     return branches, names
+
+
+@contextmanager
+def working(sessions: Sequence[Session], doing: str = "") -> Iterator[None]:
+    """Work without gradients on the sessions' device; whatever is raised meanwhile, the sessions stay as they were."""
+    doing = doing or f"working on {len(sessions)} request(s)"
+    before = [(session.contexts.fork(), session.generator.get_state()) for session in sessions]
+    device = sessions[0].model.device  # a GPU is made the current one, as its kernels and graphs need
+    gpu = torch.cuda.device(device) if device.type == "cuda" else nullcontext()
+    try:
+        with explain_out_of_memory(doing, way_out=LESS), gpu, torch.inference_mode():
+            yield
+    except BaseException:
+        for session, (contexts, generator) in zip(sessions, before, strict=True):
+            session.contexts = contexts
+            session.generator.set_state(generator)
+        raise

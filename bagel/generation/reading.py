@@ -1,18 +1,18 @@
-"""From texts and images to what a conversation's contexts read."""
+"""From texts and images to what a conversation's contexts read; several sessions read in the same passes."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 from os import PathLike
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from PIL import Image
 from torch import Tensor
 
 from bagel.config import MissingHalfError
-from bagel.generation.contexts import Utterance
+from bagel.generation.contexts import Utterance, append_all, working
 from bagel.image import PreparedImage, in_unit
 from bagel.modeling import Bagel
 from bagel.options import SessionOptions, check_noise
@@ -20,6 +20,9 @@ from bagel.parameters import described
 from bagel.processor import Processor
 from bagel.signatures import Input
 from bagel.vae import Autoencoder
+
+if TYPE_CHECKING:
+    from bagel.generation.session import Session
 
 
 @dataclass(frozen=True)
@@ -122,6 +125,34 @@ class Reader:
         elif self.options.posterior == "sample":
             noise = torch.randn(shape, generator=generator, dtype=torch.float32, device="cpu")
         return vae.encode(in_unit(pixels[None].to(self.model.device)), noise)[0]
+
+
+def read_all(
+    sessions: Sequence[Session],
+    pieces: Sequence[Sequence[Input]],
+    *,
+    posterior_noise: Sequence[Sequence[Tensor] | None] | None = None,
+) -> None:
+    """Let each session read its pieces; arguments and errors as for `Session.read`, one for each."""
+    for own in pieces:
+        check_inputs(own)
+    with working(sessions):
+        catch_up(sessions)
+        new = []
+        for session, own, noise in zip(sessions, pieces, posterior_noise or [None] * len(sessions), strict=True):
+            session.contexts.begin_turn()
+            new.append(session.reader.utterances(own, session.generator, noise))
+        append_all([session.contexts for session in sessions], new)
+
+
+def catch_up(sessions: Sequence[Session]) -> None:
+    """Let each session read what it has still to read: its system prompt, what it wrote or drew last."""
+    for session in sessions:
+        if session.open_stream is not None:
+            session.end_stream()
+    late = [session for session in sessions if session.contexts.unread or session.contexts.drawn]
+    if late:
+        append_all([session.contexts for session in late], [session.take_unread() for session in late])
 
 
 def check_inputs(inputs: Any) -> None:

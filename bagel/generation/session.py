@@ -17,11 +17,10 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from bagel.generation.batches import catch_up, draw_all, plan_all, read_all, stream, working, write_all
-from bagel.generation.contexts import Contexts, Size, Utterance
-from bagel.generation.drawing import decoded, start_noise, velocity_of
-from bagel.generation.reading import Input, Reader
-from bagel.generation.writing import score
+from bagel.generation.contexts import Contexts, Size, Utterance, working
+from bagel.generation.drawing import decoded, draw_all, start_noise, velocity_of
+from bagel.generation.reading import Input, Reader, catch_up, read_all
+from bagel.generation.writing import plan_all, score, stream, write_all
 from bagel.modeling import Bagel
 from bagel.options import (
     EDIT,
@@ -208,7 +207,7 @@ class Session:
             catch_up([self])
             return tuple(score(self.contexts, written))
 
-    # What `bagel.generation.batches` asks of each ------------------------------------------------------------------
+    # What reading, writing and drawing ask of each ----------------------------------------------------------------
 
     def end_stream(self) -> None:
         """End an answer that is still being streamed where it stands, so that it stands before what comes next."""

@@ -2,21 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+from tqdm.auto import tqdm
 
-from bagel.generation.contexts import Contexts
+from bagel.generation.contexts import Contexts, Utterance, append_all, working
+from bagel.generation.reading import catch_up
 from bagel.modeling import Bagel, Context
 from bagel.modeling.decoding import give_back, take_step
+from bagel.options import PlanOptions, Writing
 from bagel.packing import Text
 from bagel.parameters import described
+from bagel.results import TextResult
 from bagel.sampling import Chooser, TextSampling
 from bagel.tokenizer import TextStream, Tokenizer
+
+if TYPE_CHECKING:
+    from bagel.generation.session import Session
 
 LOOK_EVERY = 8
 """Tokens decoded before any is looked at, on a device that computes by itself; what follows the end of a text is lost
@@ -215,6 +222,90 @@ def texts_of(decoding: Decoding, stop: Sequence[str] = ()) -> Iterator[list[str]
         if writer.stopped:
             answer.finish_reason = "stop"
     yield rest
+
+
+def write_all(sessions: Sequence[Session], options: Writing) -> list[TextResult]:
+    """Let each session write an answer; see `Session.write`."""
+    texts, answers = _written(sessions, options, desc="answering")
+    for session, answer in zip(sessions, answers, strict=True):
+        hear(session, answer)
+    return [
+        TextResult(
+            text,
+            tuple(answer.ids),
+            answer.finish_reason,
+            session.generator.initial_seed(),
+            tuple(answer.logprobs) if options.logprobs else None,
+        )
+        for session, text, answer in zip(sessions, texts, answers, strict=True)
+    ]
+
+
+def plan_all(sessions: Sequence[Session], options: PlanOptions) -> None:
+    """Let each session write a plan and read it again as an ordinary text; see `Session.think`."""
+    with working(sessions):
+        plans, _ = _written(sessions, options, desc="thinking")
+        contexts = [session.contexts for session in sessions]
+        append_all(contexts, [[Utterance(sessions[0].processor.text(plan), "plan")] for plan in plans])
+        for own, plan in zip(contexts, plans, strict=True):
+            own.plan = plan
+
+
+def stream(session: Session, options: Writing) -> Generator[str]:
+    """Yield an answer as it is decoded; see `Session.stream`."""
+    answer = Answer()
+    try:
+        with working([session], "answering"):
+            catch_up([session])
+            decoding = _decoding([session], options)
+        (answer,) = decoding.answers
+        rounds = texts_of(decoding, options.stop_strings)
+        while True:
+            with working([session], "answering"):  # but not while the caller works
+                pieces = next(rounds, None)
+            if pieces is None:
+                return
+            if pieces[0]:
+                yield pieces[0]
+    finally:
+        if answer.ids or answer.finish_reason:  # else nothing was said, or nothing could be
+            hear(session, answer)
+
+
+def hear(session: Session, answer: Answer) -> None:
+    """Let a session remember an answer as something still to be read, by its own ids."""
+    session.contexts.unread += (Utterance(session.processor.written(answer.ids), "answer"),)
+    session.contexts.answered = True
+
+
+def _written(
+    sessions: Sequence[Session], options: Writing | PlanOptions, *, desc: str
+) -> tuple[list[str], list[Answer]]:
+    """Return a text and its answer for each session."""
+    texts = [""] * len(sessions)
+    with working(sessions):
+        catch_up(sessions)
+        decoding = _decoding(sessions, options)
+        with tqdm(desc=desc, unit="token", leave=False, disable=not sessions[0].shows_progress) as bar:
+            for pieces in texts_of(decoding, options.stop_strings):
+                texts = [text + piece for text, piece in zip(texts, pieces, strict=True)]
+                bar.update(max(len(answer.ids) for answer in decoding.answers) - bar.n)
+    return texts, decoding.answers
+
+
+def _decoding(sessions: Sequence[Session], options: Writing | PlanOptions) -> Decoding:
+    chooser = options.chooser
+    drawn = bool(options.stop_strings) and not getattr(chooser, "greedy", False)
+    return Decoding(
+        sessions[0].model,
+        sessions[0].processor.tokenizer,
+        [session.contexts.full for session in sessions],
+        [session.generator for session in sessions],
+        chooser=chooser,
+        limit=options.text_limit,
+        look_every=1 if drawn else None,  # a text that its reader ends at a stop string must not draw on meanwhile
+        logprobs=options.logprobs,
+    )
 
 
 @torch.inference_mode()

@@ -127,7 +127,7 @@ class Layout:
         return cls(tuple((TEXT, 1, sample, 0, 0) for sample in range(count)), (1,) * count)
 
     def __post_init__(self) -> None:
-        samples, und, gen, start = [], 0, 0, 0
+        samples, lengths, und, gen, start = [], [], 0, 0, 0
         for sample in range(len(self.next_positions)):
             first, stop, splits = (und, gen), start, []
             while stop < len(self.runs) and self.runs[stop][2] == sample:
@@ -141,9 +141,10 @@ class Layout:
                 stop += 1
             rows = SampleRows(slice(first[0], und), slice(first[1], gen), tuple(splits), self.runs[start:stop])
             samples.append(rows)
+            lengths.append(sum(split.length for split in splits))
             start = stop
         object.__setattr__(self, "samples", tuple(samples))
-        object.__setattr__(self, "lengths", tuple(len(rows) for rows in samples))
+        object.__setattr__(self, "lengths", tuple(lengths))
 
     @property
     def tokens(self) -> Tokens:

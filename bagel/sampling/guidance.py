@@ -157,7 +157,9 @@ class GuidedVelocity:
             TypeError: the guidance returns something else than a velocity.
         """
         names = self.guidance.branches(t)
-        if not isinstance(names, Collection) or isinstance(names, str) or not names:
+        if not names or not (
+            isinstance(names, tuple) or (isinstance(names, Collection) and not isinstance(names, str))
+        ):
             raise TypeError(f"branches() of the guidance must return names of branches, got {described(names)}")
         if missing := [name for name in names if any(name not in own for own in self.branches)]:
             raise ValueError(f"the guidance asks for the branch {missing[0]!r}; there is {', '.join(self.branches[0])}")

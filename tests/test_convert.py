@@ -208,6 +208,8 @@ def interrupted(tmp_path, monkeypatch, after: int, to: str = "int8") -> Path:
 def test_an_interrupted_conversion_goes_on(tmp_path, monkeypatch, to):
     out = interrupted(tmp_path, monkeypatch, 2, to)
     assert (out / JOURNAL).is_file()
+    with pytest.raises(CheckpointError, match=r"a conversion that is not done; run the same `bagel convert` again"):
+        Checkpoint.open(out)
     done = sorted(path for path in out.iterdir() if path.name != JOURNAL)
     assert len(done) == 2
     times = [path.stat().st_mtime_ns for path in done]

@@ -10,7 +10,7 @@ import torch
 
 from bagel.checkpoint.autoencoder import check_shapes, resolve_vae_config
 from bagel.checkpoint.errors import CheckpointError
-from bagel.checkpoint.files import OFFICIAL, TensorFiles, find_autoencoder, has_tokenizer, read_single
+from bagel.checkpoint.files import JOURNAL, OFFICIAL, TensorFiles, find_autoencoder, has_tokenizer, read_single
 from bagel.checkpoint.keys import official_shapes
 from bagel.checkpoint.load import Convert, load_autoencoder, load_model
 from bagel.checkpoint.measure import measure
@@ -158,6 +158,8 @@ def _folder(source: str | Path) -> Path:
             f"{place} does not exist; check its spelling, or fetch a checkpoint: hf download {OFFICIAL} "
             f"--local-dir {place}"
         )
+    if (place / JOURNAL).is_file():
+        raise CheckpointError(f"{place} holds a conversion that is not done; run the same `bagel convert` again")
     return place
 
 

@@ -18,6 +18,8 @@ AUTOENCODER_NAMES = ("ae.safetensors", "vae/ae.safetensors")
 TOKENIZER_FILES = ("vocab.json", "tokenizer.json")
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 READABLE = (".safetensors", ".gguf")
+JOURNAL = ".bagel-convert.json"
+"""What `bagel convert` keeps in a folder until it is done there."""
 UNITS_FIELD = "dfloat11_config"
 """What `config.json` has where the weights are DFloat11 units."""
 UNIT_KEY = ".encoded_exponent"

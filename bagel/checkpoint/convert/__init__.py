@@ -20,12 +20,11 @@ from bagel.checkpoint.convert.formats import FORMATS, NAMES
 from bagel.checkpoint.convert.plan import Planned, shards, unit_files
 from bagel.checkpoint.errors import CheckpointError
 from bagel.checkpoint.export import AUTOENCODER_NAMES, CHECKSUMS, INDEX_NAME, config_files, write_content
-from bagel.checkpoint.files import UNITS_FIELD, quoted
+from bagel.checkpoint.files import JOURNAL, UNITS_FIELD, quoted
 from bagel.checkpoint.keys import targets
 from bagel.formats import dfloat11
 from bagel.tokenizer import Tokenizer
 
-JOURNAL = ".bagel-convert.json"
 SHARD_BYTES = 4 * 10**9
 """Most bytes of tensors in a file, unless told: what is lost by an interruption."""
 Report = Callable[[str, str], None]
@@ -221,7 +220,11 @@ def _finish(
     names = [*(file.name for file in files), *contents]
     write_content(place / f".{CHECKSUMS}.tmp", "".join(f"{sums[name]}  {name}\n" for name in names), replace=True)
     os.replace(place / f".{CHECKSUMS}.tmp", place / CHECKSUMS)
-    Checkpoint.open(place)  # every key, shape and dtype
     (place / JOURNAL).unlink()
+    try:
+        Checkpoint.open(place)  # every key, shape and dtype
+    except CheckpointError:
+        journal.save()
+        raise
     _sync(place)
     return [*names, CHECKSUMS]

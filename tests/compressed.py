@@ -8,6 +8,7 @@ from pathlib import Path
 
 import gguf
 import numpy as np
+import pytest
 import torch
 from checkpoint_variants import TINY, build, make_folder
 from safetensors.torch import save_file
@@ -90,10 +91,14 @@ def loaded(folder: Path, **options) -> Bagel:
 def assert_holds(folder: Path, wanted: Mapping[str, Tensor]) -> Bagel:
     """Assert that a checkpoint holds these tensors, expanded and kept, to the bit; return the kept model."""
     checkpoint = Checkpoint.open(folder)
-    expanded, kept = loaded(folder, expand=True), loaded(folder)
-    state = official_tensors(expanded, checkpoint.config)
-    for key, tensor in wanted.items():
-        assert torch.equal(state[key].float(), tensor.float()), key
+    kept = loaded(folder)
+    for decodes_there in (False, True):  # by the host, or by the device as on GPUs
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr("bagel.checkpoint.load.decodes_there", lambda device, there=decodes_there: there)
+            expanded = loaded(folder, expand=True)
+        state = official_tensors(expanded, checkpoint.config)
+        for key, tensor in wanted.items():
+            assert torch.equal(state[key].float(), tensor.float()), key
     for key, target in targets(checkpoint.config).items():
         path, _, leaf = target.parameter.rpartition(".")
         module = kept.get_submodule(path)

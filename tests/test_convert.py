@@ -6,7 +6,6 @@ import json
 import os
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import gguf
@@ -17,12 +16,14 @@ from compressed import dense_of, is_matrix, loaded
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
+from bagel import BagelPipeline
 from bagel.checkpoint import Checkpoint, CheckpointError, targets, verify_checksums
 from bagel.checkpoint.convert import JOURNAL, NAMES, convert_checkpoint
 from bagel.checkpoint.export import official_tensors
 from bagel.cli import main
 from bagel.cli.convert import parse_size
 from bagel.cli.errors import UsageError
+from bagel.demo import CHECKPOINT
 
 ROOT = Path(__file__).parent.parent
 LOSSY = [name for name in NAMES if name not in ("dfloat11", "bf16", "gguf-bf16")]
@@ -246,26 +247,34 @@ def test_another_conversion_does_not_go_on_with_it(tmp_path, monkeypatch):
 
 def test_a_process_that_is_killed_leaves_no_half_file(tmp_path):
     out = tmp_path / "out"
-    code = (
-        "import sys, time; from bagel.checkpoint.convert import convert_checkpoint, plan\n"
-        "write = plan.write_file\n"
-        "def slow(path, layout, pieces, **options):\n"
-        "    write(path, layout, (time.sleep(0.02) or piece for piece in pieces), **options)\n"
-        "plan.write_file = slow\n"
-        "convert_checkpoint(sys.argv[1], sys.argv[2], to='int8', max_shard_bytes=100_000)\n"
-    )
-    process = subprocess.Popen([sys.executable, "-c", code, TINY, out], cwd=ROOT, stderr=subprocess.DEVNULL)
-    deadline = time.monotonic() + 60
-    while time.monotonic() < deadline and not list(out.glob("model-*.safetensors")):
-        time.sleep(0.01)
-    process.kill()
-    process.wait()
-    assert list(out.glob(".*.tmp"))  # what it was at, under a name that nothing reads
+    code = """
+import sys, time
+from bagel.checkpoint.convert import convert_checkpoint, plan
+write, files = plan.write_file, []
+
+def until_killed(pieces):
+    yield next(pieces)
+    print("half", flush=True)
+    time.sleep(600)
+
+def stopping(path, layout, pieces, **options):
+    files.append(path)
+    write(path, layout, until_killed(pieces) if len(files) == 3 else pieces, **options)
+
+plan.write_file = stopping
+convert_checkpoint(sys.argv[1], sys.argv[2], to="int8", max_shard_bytes=100_000)
+"""
+    with subprocess.Popen([sys.executable, "-c", code, TINY, out], cwd=ROOT, stdout=subprocess.PIPE) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == b"half\n"
+        process.kill()
+    assert list(out.glob(".model*.tmp"))  # what it was at, under a name that nothing reads
+    assert len(list(out.glob("model-*.safetensors"))) == 2
     for file in out.glob("model-*.safetensors"):
         load_file(file)
     reports = {}
     convert_checkpoint(TINY, out, to="int8", max_shard_bytes=100_000, report=reports.__setitem__)
-    assert "is there already, and whole" in reports.values()
+    assert list(reports.values()).count("is there already, and whole") == 2
     assert not list(out.glob(".*"))
     loaded(out)
 
@@ -374,3 +383,16 @@ def test_sizes_are_read(text, size):
 def test_sizes_that_are_none_are_refused(text):
     with pytest.raises(UsageError):
         parse_size(text)
+
+
+@pytest.mark.parametrize("to", ["dfloat11", "int8", "float8", "gguf-q8_0"])
+def test_a_compressed_model_answers_and_draws(tmp_path, to):
+    convert_checkpoint(CHECKPOINT, tmp_path / "out", to=to)
+    small, plain = (BagelPipeline.from_pretrained(folder, device="cpu") for folder in (tmp_path / "out", CHECKPOINT))
+    options = {"seed": 1, "num_timesteps": 8, "progress": False}
+    prompt = "a large red circle in the center on a white background"
+    drawn, wanted = (pipe.text_to_image(prompt, **options) for pipe in (small, plain))
+    error = (drawn.latents - wanted.latents).norm() / wanted.latents.norm()
+    assert error < (1e-4 if to == "dfloat11" else 0.2)
+    question = "what color is the circle?"
+    assert small.understand(wanted.image, question).text == plain.understand(wanted.image, question).text == "red"

@@ -6,6 +6,7 @@ import itertools
 import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -49,6 +50,11 @@ def load_autoencoder(vae: nn.Module, weights: TensorFiles, *, device: torch.devi
     _Loader(vae, TensorSource(weights), wanted, device=device, dtype=dtype).run()
 
 
+def decodes_there(device: torch.device) -> bool:
+    """Whether compressed weights are decoded on the device, which is faster at it than the host."""
+    return device.type != "cpu"
+
+
 class _Loader:
     """One pass over a source; holds what is known about the destination meanwhile."""
 
@@ -65,6 +71,7 @@ class _Loader:
     ) -> None:
         self.module, self.weights, self.wanted, self.device = module, weights, wanted, device
         self.convert = convert
+        self.decodes_there = decodes_there(device)
         self.shapes: dict[str, tuple[int, ...]] = {}
         self.dtypes: dict[str, torch.dtype] = {}
         self.keys: dict[str, list[str]] = {}
@@ -167,6 +174,9 @@ class _Loader:
         target = self.wanted[key]
         whole = self._destination(target.parameter)
         rows = target.shape[0]
+        if self.decodes_there and self.weights.keeps(key):
+            self._decode_there(key, whole[target.start : target.start + rows])
+            return
         nbytes = math.prod(target.shape) * DTYPES[self.weights.entries[key].dtype].itemsize
         step = max(1, rows * STEP_BYTES // max(nbytes, 1))
         for first in range(0, rows, step):
@@ -175,6 +185,13 @@ class _Loader:
             part.copy_(self.weights.read(key, first, last))
             # Least and greatest value are NaN or infinite if any value is; the host reads them once, at the end.
             self.extremes.append((key, torch.stack(torch.aminmax(part))))
+
+    def _decode_there(self, key: str, part: Tensor) -> None:
+        """Move a compressed weight as it is, and decode it on the device."""
+        with self._explaining():
+            stored: Any = stored_linear([self.weights.stored(key)], None, self.device)
+            part.copy_(stored.dense(part.dtype))
+        self.extremes.append((key, torch.stack(torch.aminmax(part))))
 
     def _destination(self, name: str) -> Tensor:
         if name not in self.filled:

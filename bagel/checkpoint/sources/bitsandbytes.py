@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from bagel.checkpoint.errors import CheckpointError
@@ -31,7 +32,7 @@ class FourBits:
     def rows(self, reader: TensorReader, first: int, last: int) -> Tensor:
         """Return rows, decoded."""
         blocks = reader.remembered(self.keys[0], lambda: self.stored(reader))
-        return nf4.dequantize(blocks, rows=slice(first, last))
+        return nf4.dequantize(blocks, torch.float32, rows=slice(first, last))
 
     def stored(self, reader: TensorReader) -> nf4.Blocks:
         """Return codes and magnitudes."""

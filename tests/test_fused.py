@@ -53,9 +53,11 @@ def add_product(plus, x, weight):
     plus += F.linear(x, weight)
 
 
-def round_rows(x, *, largest, tiny, dtype):
-    scale = (x.float().abs().amax(-1, keepdim=True) / largest).clamp(min=tiny)
-    return (x.float() * scale.reciprocal()).to(dtype), scale
+def round_rows(x, *, largest, tiny, dtype, turn):
+    x = kernels.turn(x.float(), turn)
+    scale = (x.abs().amax(-1, keepdim=True) / largest).clamp(min=tiny)
+    values = x * scale.reciprocal()
+    return (values if dtype.is_floating_point else values.round()).to(dtype), scale
 
 
 def rms_norm_round(x, weight, *, eps, **rounding):

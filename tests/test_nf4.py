@@ -4,8 +4,14 @@ from __future__ import annotations
 
 import pytest
 import torch
+from interpreted import interpreted
+from torch import nn
 
 from bagel.formats import nf4
+from bagel.kernels import Rows
+from bagel.kernels.nf4 import blocks_times_vectors
+from bagel.modeling.linear import apply
+from bagel.modeling.stored.nf4 import FP4Linear, NF4DoubleLinear, NF4Linear, layer_of
 
 SHAPES = [(1152, 4304), (96, 160), (7, 1000), (3, 5), (64, 3584)]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -114,6 +120,19 @@ def test_rows_are_those_of_the_whole_whatever_the_chunks(monkeypatch, chunk, dou
         assert torch.equal(nf4.dequantize(blocks, rows=rows), whole[rows])
 
 
+def test_weights_one_above_the_other_are_one_where_no_block_spans_two():
+    above, below = drawn((6, 96)), drawn((5, 96), seed=1)
+    joined = nf4.join([nf4.quantize(above), nf4.quantize(below)])
+    whole = nf4.quantize(torch.cat([above, below]))
+    assert joined is not None
+    assert joined.shape == (11, 96)
+    assert torch.equal(joined.codes, whole.codes)
+    assert torch.equal(nf4.dequantize(joined), nf4.dequantize(whole))
+    assert nf4.join([nf4.quantize(below), nf4.quantize(above)]) is None
+    assert nf4.join([nf4.quantize(above), nf4.quantize(below, "fp4")]) is None
+    assert nf4.join([nf4.quantize(above, double=True), nf4.quantize(below, double=True)]) is None
+
+
 def test_odd_values_and_no_values():
     for shape in ((1, 1), (3, 5), (65,), (2, 3, 7)):
         weight = drawn(shape)
@@ -159,7 +178,7 @@ def test_bad_weights_and_bad_files_are_refused():
         "cannot be read": {"a.weight.quant_state.bitsandbytes__nf4": torch.tensor([123], dtype=torch.uint8)},
         "absmax should be torch.uint8, and is missing": {"a.weight.absmax": None},
         "quant_map should be torch.float32, and is torch.float64": {"a.weight.quant_map": torch.zeros(16).double()},
-        "another table of 16 values": {"a.weight.quant_map": torch.zeros(16)},
+        "quant_map has 17 elements where a weight of shape": {"a.weight.quant_map": torch.zeros(17)},
         "nested_absmax has 7 elements where a weight of shape \\(96, 192\\) has 2": {
             "a.weight.nested_absmax": torch.zeros(7)
         },
@@ -173,3 +192,164 @@ def test_bad_weights_and_bad_files_are_refused():
         nf4.from_file(
             "a.weight", tensors | {"a.weight.quant_state.bitsandbytes__nf4": torch.tensor(list(other)).to(torch.uint8)}
         )
+
+
+# Layers ---------------------------------------------------------------------------------------------------------------
+
+LAYERS = [NF4Linear, NF4DoubleLinear, FP4Linear]
+ROUNDING = {torch.float32: 2e-6, torch.float16: 2**-9, torch.bfloat16: 2**-6}
+"""Most error of a product against the largest of its values: of the weight, the sum, and what is added to it."""
+
+
+def layer_and_input(kind, dtype, *, tokens: int = 5, sides: tuple[int, int] = (192, 48), bias: bool = True):
+    torch.manual_seed(0)
+    linear = nn.Linear(*sides, bias=bias).to(dtype)
+    return kind.of(linear), torch.randn(tokens, sides[0]).to(dtype), torch.randn(tokens, sides[1]).to(dtype)
+
+
+def exact(layer, x, add=None):
+    """The product with the weight that a layer tells, in float64."""
+    y = x.double() @ layer.dense(torch.float64).T
+    y = y if layer.bias is None else y + layer.bias.double()
+    return y if add is None else y + add.double()
+
+
+def assert_near(found, wanted, most):
+    assert (found.double() - wanted).abs().max() <= most * wanted.abs().max()
+
+
+@pytest.mark.parametrize("sides", [(192, 48), (104, 7), (7, 5)], ids=str)
+@pytest.mark.parametrize("tokens", [0, 1, 5, 9])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("kind", LAYERS)
+def test_a_layer_multiplies_by_the_weight_that_it_tells(kind, dtype, tokens, sides):
+    for bias in (False, True):
+        layer, x, add = layer_and_input(kind, dtype, tokens=tokens, sides=sides, bias=bias)
+        assert layer.dense().dtype == dtype
+        for given in (None, add):
+            found = layer(x, add=None if given is None else given.clone())
+            assert found.dtype == dtype
+            assert found.shape == (tokens, sides[1])
+            if tokens:
+                assert_near(found, exact(layer, x, given), ROUNDING[dtype])
+
+
+@pytest.mark.parametrize("kind", LAYERS)
+def test_rows_of_a_weight_can_be_had(kind):
+    layer, _, _ = layer_and_input(kind, torch.bfloat16, sides=(104, 7))
+    for rows in (slice(2, 5), slice(0, 0), slice(-1, None)):
+        assert torch.equal(layer.dense(torch.float32, rows=rows), layer.dense(torch.float32)[rows])
+
+
+@pytest.mark.parametrize("kind", LAYERS)
+def test_what_is_added_may_be_of_another_type_and_products_of_float16_are_scaled(kind):
+    layer, x, add = layer_and_input(kind, torch.float16)
+    found = layer(x, add=add.float())
+    assert found.dtype == torch.float32
+    assert_near(found, exact(layer, x, add), ROUNDING[torch.float16])
+    large = 1e6 * x.float()
+    scale = large.abs().amax(-1, keepdim=True)
+    found = apply(layer, Rows((large / scale).half(), scale, torch.float32), add=add.float())
+    assert found.dtype == torch.float32
+    assert_near(found, exact(layer, large, add), ROUNDING[torch.float16])
+
+
+@pytest.mark.parametrize("kind", LAYERS)
+def test_everything_that_a_layer_holds_can_be_moved(kind):
+    layer, _, _ = layer_and_input(kind, torch.bfloat16)
+    held = {name for name, x in vars(layer).items() if isinstance(x, torch.Tensor)}
+    assert not held
+    double = {"nested_absmax", "nested_table", "offset"} if kind is NF4DoubleLinear else set()
+    assert {name for name, _ in layer.named_buffers()} == {"codes", "absmax", "codebook"} | double
+    sizes = sum(x.nbytes for x in layer.buffers())
+    assert sizes <= 0.5625 * 192 * 48 + (64 if not double else 64 + 1024 + 8)
+    wanted = layer.dense()
+    state = layer.state_dict()
+    other = kind.of(nn.Linear(192, 48).bfloat16())
+    other.load_state_dict(state)
+    assert torch.equal(other.dense(), wanted)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("kind", LAYERS)
+def test_a_few_tokens_are_multiplied_by_a_kernel_and_more_expand_the_weight(monkeypatch, kind, dtype):
+    used = []
+
+    def product(x, codes, absmax, codebook, nested, table, offset, *, bias, plus, dtype):
+        used.append("product")
+        y = x.double() @ layer.dense(torch.float64).T + bias.double()
+        return (y.to(dtype) if plus is None else y.to(dtype) + plus).to(dtype)
+
+    def expand(codes, absmax, codebook, nested, table, offset, *, first, count, dtype):
+        used.append("expand")
+        return nf4.dequantize(layer.blocks, dtype).view(-1)[first : first + count]
+
+    chosen = {"blocks_times_vectors": product, "expand_blocks": expand}
+    for tokens, sides, wanted in ((1, (192, 48), "product"), (8, (192, 48), "product"), (9, (192, 48), "expand")):
+        layer, x, add = layer_and_input(kind, dtype, tokens=tokens, sides=sides)
+        with monkeypatch.context() as patch:
+            patch.setattr("bagel.kernels.nf4.find", lambda name, x: chosen[name])
+            used.clear()
+            found = layer(x, add=add.clone())
+            other = layer(x, add=add.double())
+        assert used == [wanted] * 2
+        assert other.dtype == torch.float64
+        for y in (found, other):
+            assert_near(y, exact(layer, x, add), ROUNDING[dtype])
+    layer, x, _ = layer_and_input(kind, dtype, tokens=1, sides=(104, 48))
+    monkeypatch.setattr("bagel.kernels.nf4.find", lambda name, x: chosen[name])
+    used.clear()
+    layer(x)
+    assert used == ["expand"]  # rows that are no whole blocks
+
+
+@pytest.mark.parametrize("kind", LAYERS)
+def test_a_layer_can_be_made_of_what_a_file_holds(kind):
+    layer, x, _ = layer_and_input(kind, torch.bfloat16)
+    found = layer_of(nf4.from_file("a.weight", nf4.to_file("a.weight", layer.blocks)), layer.bias)
+    assert type(found) is kind
+    assert torch.equal(found(x), layer(x))
+    with pytest.raises(ValueError, match=r"a weight of two dimensions, got \(192,\)"):
+        layer_of(nf4.quantize(torch.zeros(192), layer.kind, double=layer.double), None)
+
+
+def test_gradients_pass_through_a_layer():
+    layer, x, _ = layer_and_input(NF4Linear, torch.float32)
+    x.requires_grad_()
+    layer(x).sum().backward()
+    assert torch.allclose(x.grad, layer.dense().sum(0).expand_as(x), atol=1e-5)
+
+
+# Kernels --------------------------------------------------------------------------------------------------------------
+
+
+@interpreted
+@pytest.mark.parametrize(("tokens", "sides"), [(1, (192, 10)), (3, (640, 7)), (8, (64, 5)), (1, (8256, 5))])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("kind", LAYERS)
+def test_kernels_compute_what_torch_does(monkeypatch, kind, dtype, tokens, sides):
+    from bagel.kernels import triton_nf4
+
+    layer, x, add = layer_and_input(kind, dtype, tokens=tokens, sides=sides)
+    monkeypatch.setattr("bagel.kernels.nf4.find", lambda name, x: getattr(triton_nf4, name))
+    for given in (None, add):
+        found = layer(x, add=given)
+        assert found.dtype == dtype
+        assert_near(found, exact(layer, x, given), 2**-6 if dtype == torch.bfloat16 else ROUNDING[dtype])
+    single = blocks_times_vectors(x, layer.blocks, dtype=torch.float32)
+    assert_near(single, x.double() @ layer.dense(torch.float64).T, 1e-6)
+    # The interpreter cuts what it casts to bfloat16, where GPUs round.
+    found, wanted = layer.dense(rows=slice(1, 4)), nf4.dequantize(layer.blocks)[1:4]
+    torch.testing.assert_close(found, wanted, rtol=2**-7 if dtype == torch.bfloat16 else 0, atol=0)
+
+
+@interpreted
+@pytest.mark.parametrize("kind", LAYERS)
+def test_rows_of_any_width_are_expanded(monkeypatch, kind):
+    from bagel.kernels import triton_nf4
+
+    layer, _, _ = layer_and_input(kind, torch.float16, sides=(102, 90))
+    wanted = layer.dense()
+    monkeypatch.setattr("bagel.kernels.nf4.find", lambda name, x: getattr(triton_nf4, name))
+    for rows in (slice(None), slice(1, 90), slice(3, 4), slice(5, 5)):
+        assert torch.equal(layer.dense(rows=rows), wanted[rows])

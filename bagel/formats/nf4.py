@@ -10,7 +10,7 @@ from __future__ import annotations
 import functools
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -46,18 +46,14 @@ class Nested(NamedTuple):
 
 
 class Blocks(NamedTuple):
-    """A weight in 4 bits; `kind` names the codebook."""
+    """A weight in 4 bits."""
 
     codes: Tensor  # (ceil(N / 2),) uint8
     absmax: Tensor | Nested  # (ceil(N / 64),) float32
-    kind: str
+    codebook: Tensor  # (16,) float32
+    kind: str  # the codebook's name
     shape: tuple[int, ...]
     dtype: torch.dtype  # of the weight before
-
-    @property
-    def codebook(self) -> Tensor:
-        """The 16 values (16,) float32 on the device of the codes."""
-        return torch.tensor(CODEBOOKS[self.kind], dtype=torch.float32, device=self.codes.device)
 
 
 def quantize(weight: Tensor, kind: str = "nf4", *, double: bool = False) -> Blocks:
@@ -88,7 +84,9 @@ def quantize(weight: Tensor, kind: str = "nf4", *, double: bool = False) -> Bloc
         codes[first // 2 : (first + CHUNK) // 2] = bytes_[: (min(CHUNK, flat.numel() - first) + 1) // 2]
     if not absmax.isfinite().all():
         raise ValueError("a weight with values that are NaN or infinite cannot be quantised; fetch the file again")
-    return Blocks(codes, quantize_absmax(absmax) if double else absmax, kind, tuple(weight.shape), weight.dtype)
+    codebook = torch.tensor(CODEBOOKS[kind], dtype=torch.float32, device=weight.device)
+    magnitudes = quantize_absmax(absmax) if double else absmax
+    return Blocks(codes, magnitudes, codebook, kind, tuple(weight.shape), weight.dtype)
 
 
 def dequantize(blocks: Blocks, dtype: torch.dtype | None = None, *, rows: slice | None = None) -> Tensor:
@@ -110,6 +108,17 @@ def dequantize(blocks: Blocks, dtype: torch.dtype | None = None, *, rows: slice 
         begin = max(at, start)
         out[begin - start : last - start] = values.view(-1)[begin - at : last - at]
     return out.view(-1, *blocks.shape[1:])
+
+
+def join(parts: Sequence[Blocks]) -> Blocks | None:
+    """Return weights one above the other as one; None where a block would span two, or magnitudes have other scales."""
+    first, whole = parts[0], all(math.prod(part.shape) % BLOCK == 0 for part in parts[:-1])
+    absmax = [part.absmax for part in parts if isinstance(part.absmax, Tensor)]
+    alike = all((part.kind, part.shape[1:], part.dtype) == (first.kind, first.shape[1:], first.dtype) for part in parts)
+    if not whole or not alike or len(absmax) < len(parts):
+        return None
+    codes, shape = torch.cat([part.codes for part in parts]), (sum(part.shape[0] for part in parts), *first.shape[1:])
+    return first._replace(codes=codes, absmax=torch.cat(absmax), shape=shape)
 
 
 def quantize_absmax(absmax: Tensor) -> Nested:
@@ -164,18 +173,16 @@ def from_file(name: str, tensors: Mapping[str, Tensor]) -> Blocks:
     """Return the weight `name` of a checkpoint in 4 bits.
 
     Raises:
-        ValueError: the tensors of a weight are not all there, do not fit each other, or use another codebook.
+        ValueError: the tensors of a weight are not all there, or do not fit each other.
     """
     state, kind = _state(name, tensors)
     shape, codes = tuple(state["shape"]), _tensor(tensors, name, torch.uint8).reshape(-1)
     count = math.prod(shape)
     magnitudes = math.ceil(count / BLOCK)
     book = _tensor(tensors, f"{name}.quant_map", torch.float32)
-    if book.tolist() != [*torch.tensor(CODEBOOKS[kind]).tolist()]:
-        raise ValueError(f"{name} uses another table of 16 values than {kind}; store it again with bitsandbytes")
     nested = "nested_offset" in state
     absmax: Any = _tensor(tensors, f"{name}.absmax", torch.uint8 if nested else torch.float32)
-    sizes = {name: (codes, (count + 1) // 2), f"{name}.absmax": (absmax, magnitudes)}
+    sizes = {name: (codes, (count + 1) // 2), f"{name}.absmax": (absmax, magnitudes), f"{name}.quant_map": (book, 16)}
     if nested:
         greater = _tensor(tensors, f"{name}.nested_absmax", torch.float32)
         table = _tensor(tensors, f"{name}.nested_quant_map", torch.float32)
@@ -185,7 +192,7 @@ def from_file(name: str, tensors: Mapping[str, Tensor]) -> Blocks:
     for key, (tensor, size) in sizes.items():
         if tensor.numel() != size:
             raise ValueError(f"{key} has {tensor.numel()} elements where a weight of shape {shape} has {size}")
-    return Blocks(codes, absmax, kind, shape, DTYPES[state["dtype"]])
+    return Blocks(codes, absmax, book, kind, shape, DTYPES[state["dtype"]])
 
 
 def _state(name: str, tensors: Mapping[str, Tensor]) -> tuple[dict[str, Any], str]:

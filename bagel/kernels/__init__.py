@@ -23,6 +23,7 @@ from bagel.kernels.functions import (
     rotate,
     round_rows,
     silu_mul,
+    turn,
 )
 
 __all__ = [
@@ -45,4 +46,5 @@ __all__ = [
     "rotate",
     "round_rows",
     "silu_mul",
+    "turn",
 ]

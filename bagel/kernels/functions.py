@@ -29,12 +29,14 @@ Rotary = tuple[Tensor, Tensor]
 class Rounding(NamedTuple):
     """How a linear layer would like its input: rows of type `dtype`, none larger than `largest`, with a scale each.
 
-    `tiny` is the smallest scale, so that a row of zeros can be divided by its own.
+    `tiny` is the smallest scale, so that a row of zeros can be divided by its own. Each `turn` columns are turned
+    together before, see `turn`; 1 leaves them.
     """
 
     dtype: torch.dtype
     largest: float
     tiny: float
+    turn: int = 1
 
 
 class Rows(NamedTuple):
@@ -52,6 +54,8 @@ NORMS = {
     (True, True): "add_rms_norm_round",
 }
 """Kernels of the norm, by whether they add, and whether they round."""
+TURNS = (256, 512)
+"""Columns that kernels turn together, see `turn`."""
 FLOAT16 = Rounding(torch.float16, largest=1.0, tiny=1.0)
 """For products that exceed float16's 65504: rows are scaled into [-1, 1], smaller ones stay as they are."""
 
@@ -132,14 +136,14 @@ def rms_norm(
         add: of the shape of x; nothing by default.
         rounding: return the norm as `Rows` where the same kernel can round it; more than one row only.
     """
-    rounds = rounding is not None and x.shape[0] > 1
-    name = NORMS[add is not None, rounds]
+    wish = _fused(x, rounding)
+    name = NORMS[add is not None, wish is not None]
     kernel = find(name, x)
     if kernel and x.dtype == weight.dtype and (add is None or add.dtype == x.dtype):
         given = (x,) if add is None else (x, add)
-        found = kernel(*given, weight, eps=eps, **(rounding._asdict() if rounding and rounds else {}))
-        total, *normed = (x, *(found if rounds else (found,))) if add is None else found
-        return total, Rows(normed[0], normed[1], x.dtype) if rounds else normed[0]
+        found = kernel(*given, weight, eps=eps, **(wish._asdict() if wish else {}))
+        total, *normed = (x, *(found if wish else (found,))) if add is None else found
+        return total, Rows(normed[0], normed[1], x.dtype) if wish else normed[0]
     total = x if add is None else x + add
     return total, weight * torch.rms_norm(total, weight.shape, eps=eps)
 
@@ -183,8 +187,8 @@ def silu_mul(gate_up: Tensor, *, rounding: Rounding | None = None) -> Tensor | R
         product = F.silu(gate) * up
         scale = (product.abs().amax(-1, keepdim=True) / FLOAT16.largest).clamp(min=FLOAT16.tiny)
         return Rows((product / scale).to(gate_up.dtype), scale, product.dtype)
-    if rounding is not None and gate_up.shape[0] > 1 and (kernel := find("silu_mul_round", gate_up)):
-        values, scale = kernel(gate_up, **rounding._asdict())
+    if (wish := _fused(gate_up, rounding)) and (kernel := find("silu_mul_round", gate_up)):
+        values, scale = kernel(gate_up, **wish._asdict())
         return Rows(values, scale, gate_up.dtype)
     if kernel := find("silu_mul", gate_up):
         return kernel(gate_up)
@@ -209,13 +213,56 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, add: Tensor
 
 
 def round_rows(x: Tensor, rounding: Rounding) -> Rows:
-    """Return x (T, n) rounded, each row by a scale of its own."""
-    if kernel := find("round_rows", x):
+    """Return x (T, n) turned and rounded, each row by a scale of its own."""
+    if _turns(x, rounding.turn) and (kernel := find("round_rows", x)):
         values, scale = kernel(x, **rounding._asdict())
         return Rows(values, scale, x.dtype)
-    exact = x.float()
+    exact = turn(x.float(), rounding.turn)
     scale = (exact.abs().amax(-1, keepdim=True) / rounding.largest).clamp(min=rounding.tiny)
-    return Rows((exact * scale.reciprocal()).to(rounding.dtype), scale, x.dtype)
+    values = exact * scale.reciprocal()
+    return Rows((values if rounding.dtype.is_floating_point else values.round()).to(rounding.dtype), scale, x.dtype)
+
+
+def turn(x: Tensor, size: int) -> Tensor:
+    """Return x (T, n) with each `size` columns, a power of two, times the Hadamard matrix of that size over its norm.
+
+    The matrix is its own inverse, so products stay when both factors are turned; few large columns are spread over all
+    of their group, and cost the rest less when rounded (arXiv 2404.00456).
+    """
+    if size == 1:
+        return x
+    if x.dtype in HALF and _turns(x, size) and (kernel := find("turn_rows", x)):
+        return kernel(x, size)
+    matrix = (_hadamard if torch.compiler.is_compiling() else _kept_hadamard)(size, x.device)
+    return (x.float().unflatten(-1, (-1, size)) @ matrix).flatten(-2).to(x.dtype)
+
+
+def _hadamard(size: int, device: torch.device) -> Tensor:
+    matrix = torch.ones(1, 1, device=device)
+    while matrix.shape[0] < size:
+        matrix = torch.cat([torch.cat([matrix, matrix], 1), torch.cat([matrix, -matrix], 1)])
+    return matrix * size**-0.5
+
+
+@functools.cache
+def _kept_hadamard(size: int, device: torch.device) -> Tensor:
+    with torch.inference_mode(False):  # it serves training, too
+        return _hadamard(size, device)
+
+
+def _fused(x: Tensor, rounding: Rounding | None) -> Rounding | None:
+    """Return how the kernel that computes x is to round it, if it is: one row alone is not rounded."""
+    return rounding if rounding is not None and x.shape[0] > 1 and _turns(x, rounding.turn) else None
+
+
+def _turns(x: Tensor, size: int) -> bool:
+    """Whether kernels can turn rows by so many columns: with matrix units, whose least factor is 16."""
+    return size == 1 or (size in TURNS and x.is_cuda and _has_tensor_float(x.device))
+
+
+@functools.cache
+def _has_tensor_float(device: torch.device) -> bool:
+    return torch.cuda.get_device_capability(device)[0] >= 8
 
 
 # One new token per text -----------------------------------------------------------------------------------------------

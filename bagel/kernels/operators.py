@@ -59,22 +59,43 @@ rms_norm = _operator(triton_kernels.rms_norm, lambda x, weight, *, eps: _like(x)
 add_rms_norm = _operator(triton_kernels.add_rms_norm, lambda x, plus, weight, *, eps: (_like(x), _like(x)))
 rms_norm_round = _operator(
     triton_kernels.rms_norm_round,
-    lambda x, weight, *, eps, largest, tiny, dtype: _rounded(x, x.shape[1], dtype),
+    lambda x, weight, *, eps, largest, tiny, dtype, turn: _rounded(x, x.shape[1], dtype),
 )
 add_rms_norm_round = _operator(
     triton_kernels.add_rms_norm_round,
-    lambda x, plus, weight, *, eps, largest, tiny, dtype: (_like(x), *_rounded(x, x.shape[1], dtype)),
+    lambda x, plus, weight, *, eps, largest, tiny, dtype, turn: (_like(x), *_rounded(x, x.shape[1], dtype)),
 )
-round_rows = _operator(triton_kernels.round_rows, lambda x, *, largest, tiny, dtype: _rounded(x, x.shape[1], dtype))
+round_rows = _operator(
+    triton_kernels.round_rows, lambda x, *, largest, tiny, dtype, turn: _rounded(x, x.shape[1], dtype)
+)
 add_product = _operator(triton_kernels.add_product, lambda plus, x, weight: None, changes="plus")
 silu_mul = _operator(
     triton_kernels.silu_mul, lambda gate_up: gate_up.new_empty(gate_up.shape[0], gate_up.shape[1] // 2)
 )
 silu_mul_round = _operator(
     triton_kernels.silu_mul_round,
-    lambda gate_up, *, largest, tiny, dtype: _rounded(gate_up, gate_up.shape[1] // 2, dtype),
+    lambda gate_up, *, largest, tiny, dtype, turn: _rounded(gate_up, gate_up.shape[1] // 2, dtype),
 )
 matrix_times_vector = _operator(
     triton_kernels.matrix_times_vector,
     lambda x, weight, scale=None, bias=None, plus=None: x.new_empty(1, weight.shape[0]),
 )
+
+
+# Weights of 4 and 8 bits ----------------------------------------------------------------------------------------------
+
+
+def _vectors(x: Tensor, codes: Tensor, *_: Any, dtype: torch.dtype | None = None, **__: Any) -> Tensor:
+    return x.new_empty(x.shape[0], 2 * codes.shape[0] // x.shape[1], dtype=dtype)
+
+
+blocks_times_vectors = _operator(triton_kernels.blocks_times_vectors, _vectors)
+expand_blocks = _operator(
+    triton_kernels.expand_blocks,
+    lambda codes, *_, first, count, dtype, **__: codes.new_empty(count, dtype=dtype),
+)
+integer_product = _operator(
+    triton_kernels.integer_product,
+    lambda x, x_scale, weight, *_, dtype, **__: x.new_empty(x.shape[0], weight.shape[0], dtype=dtype),
+)
+turn_rows = _operator(triton_kernels.turn_rows, lambda x, size: _like(x))

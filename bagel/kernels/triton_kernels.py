@@ -11,6 +11,8 @@ import torch
 
 from bagel.kernels.triton_dfloat11 import expand_dfloat11
 from bagel.kernels.triton_images import add_biased, doubled, group_norm_silu
+from bagel.kernels.triton_int8 import integer_product, turn_rows
+from bagel.kernels.triton_nf4 import blocks_times_vectors, expand_blocks
 from bagel.kernels.triton_rows import (
     add_product,
     add_rms_norm,
@@ -30,9 +32,12 @@ __all__ = [
     "add_rms_norm",
     "add_rms_norm_round",
     "attend_appended",
+    "blocks_times_vectors",
     "doubled",
+    "expand_blocks",
     "expand_dfloat11",
     "group_norm_silu",
+    "integer_product",
     "matrix_times_vector",
     "norm_rotate",
     "rms_norm",
@@ -41,6 +46,7 @@ __all__ = [
     "silu_mul",
     "silu_mul_round",
     "try_some",
+    "turn_rows",
 ]
 
 

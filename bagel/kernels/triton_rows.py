@@ -13,6 +13,7 @@ from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from bagel.kernels.functions import HOPPER
+from bagel.kernels.triton_rounding import rounded, store_rounded, store_unit, turned
 
 VALUES_A_WARP = 1024
 """Values of a row that the threads of a warp hold, 32 each, until there are sixteen warps."""
@@ -48,17 +49,17 @@ def add_rms_norm(x: Tensor, plus: Tensor, weight: Tensor, *, eps: float) -> tupl
 
 
 def rms_norm_round(
-    x: Tensor, weight: Tensor, *, eps: float, largest: float, tiny: float, dtype: torch.dtype
+    x: Tensor, weight: Tensor, *, eps: float, largest: float, tiny: float, dtype: torch.dtype, turn: int
 ) -> tuple[Tensor, Tensor]:
     """Return what `round_rows` returns of the `rms_norm` of x (T, n)."""
-    return _normed(x, None, weight, eps, dtype, largest=largest, tiny=tiny)[1:]
+    return _normed(x, None, weight, eps, dtype, largest=largest, tiny=tiny, turn=turn)[1:]
 
 
 def add_rms_norm_round(
-    x: Tensor, plus: Tensor, weight: Tensor, *, eps: float, largest: float, tiny: float, dtype: torch.dtype
+    x: Tensor, plus: Tensor, weight: Tensor, *, eps: float, largest: float, tiny: float, dtype: torch.dtype, turn: int
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return x + plus (T, n), and what `rms_norm_round` returns of it."""
-    return _normed(x, plus, weight, eps, dtype, largest=largest, tiny=tiny)
+    return _normed(x, plus, weight, eps, dtype, largest=largest, tiny=tiny, turn=turn)
 
 
 def _normed(
@@ -70,6 +71,7 @@ def _normed(
     *,
     largest: float = 0.0,
     tiny: float = 0.0,
+    turn: int = 1,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return x + plus, the norm, and the scales of its rows if it is rounded to 8 bits, to `dtype` (else nothing)."""
     x, plus = x.contiguous(), None if plus is None else plus.contiguous()
@@ -92,6 +94,7 @@ def _normed(
             largest,
             tiny,
             BLOCK=block,
+            TURN=turn,
             ADDS=plus is not None,
             ROUNDS=rounds,
             num_warps=_warps(block),
@@ -103,7 +106,7 @@ def _normed(
 @triton.jit
 def _rms_norm(
     x, plus, weight, total, out, scale, width, eps, largest, tiny,
-    BLOCK: tl.constexpr, ADDS: tl.constexpr, ROUNDS: tl.constexpr, EARLY: tl.constexpr,
+    BLOCK: tl.constexpr, TURN: tl.constexpr, ADDS: tl.constexpr, ROUNDS: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
     wait(EARLY)
     row = tl.program_id(0).to(tl.int64)
@@ -119,22 +122,9 @@ def _rms_norm(
     weighted = normed.to(values.dtype).to(tl.float32) * tl.load(weight + column, mask=inside, other=0.0).to(tl.float32)
     weighted = weighted.to(values.dtype)
     if ROUNDS:
-        _store_rounded(weighted.to(tl.float32), out + at, scale + row, inside, largest, tiny)
+        store_rounded(weighted.to(tl.float32), out + at, scale + row, inside, largest, tiny, BLOCK, TURN)
     else:
         tl.store(out + at, weighted, mask=inside)
-
-
-@triton.jit
-def _store_rounded(values, out, scale, inside, largest, tiny):
-    by = _store_unit(tl.max(tl.abs(values), axis=0), scale, largest, tiny)
-    tl.store(out, (values * by).to(out.dtype.element_ty), mask=inside)
-
-
-@triton.jit
-def _store_unit(most, scale, largest, tiny):
-    unit = tl.maximum(most / largest, tiny)
-    tl.store(scale, unit)
-    return 1 / unit
 
 
 def norm_rotate(
@@ -228,27 +218,29 @@ def add_product(plus: Tensor, x: Tensor, weight: Tensor) -> None:
     plus.addmm_(x, weight.t())
 
 
-def round_rows(x: Tensor, *, largest: float, tiny: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Return x (T, n) in 8-bit floats and float32 scales (T, 1) of its rows; see `bagel.kernels.round_rows`."""
+def round_rows(x: Tensor, *, largest: float, tiny: float, dtype: torch.dtype, turn: int) -> tuple[Tensor, Tensor]:
+    """Return x (T, n) in 8 bits and float32 scales (T, 1) of its rows; see `bagel.kernels.round_rows`."""
     x = x.contiguous()
     tokens, width = x.shape
     out, scale = torch.empty_like(x, dtype=dtype), x.new_empty(tokens, 1, dtype=torch.float32)
     block = triton.next_power_of_2(width)
     if tokens:
-        _round_rows[(tokens,)](x, out, scale, width, largest, tiny, BLOCK=block, num_warps=_warps(block))
+        _round_rows[(tokens,)](x, out, scale, width, largest, tiny, BLOCK=block, TURN=turn, num_warps=_warps(block))
     return out, scale
 
 
 @triton.jit
-def _round_rows(x, out, scale, width, largest, tiny, BLOCK: tl.constexpr):
+def _round_rows(x, out, scale, width, largest, tiny, BLOCK: tl.constexpr, TURN: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)
     column = tl.arange(0, BLOCK)
     inside = column < width
     values = tl.load(x + row * width + column, mask=inside, other=0.0).to(tl.float32)
-    _store_rounded(values, out + row * width + column, scale + row, inside, largest, tiny)
+    store_rounded(values, out + row * width + column, scale + row, inside, largest, tiny, BLOCK, TURN)
 
 
-def silu_mul_round(gate_up: Tensor, *, largest: float, tiny: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+def silu_mul_round(
+    gate_up: Tensor, *, largest: float, tiny: float, dtype: torch.dtype, turn: int
+) -> tuple[Tensor, Tensor]:
     """Return what `round_rows` returns of `silu_mul`, whose result need not pass through memory."""
     gate_up = gate_up.contiguous()
     tokens, width = gate_up.shape[0], gate_up.shape[1] // 2
@@ -257,19 +249,35 @@ def silu_mul_round(gate_up: Tensor, *, largest: float, tiny: float, dtype: torch
     first = 1 << (width.bit_length() - 1)  # a row is held in two pieces: one alone would be half empty
     rest = triton.next_power_of_2(max(1, width - first))
     if tokens:
-        _silu_mul_round[(tokens,)](gate_up, out, scale, width, largest, tiny, FIRST=first, REST=rest, num_warps=16)
+        _silu_mul_round[(tokens,)](
+            gate_up,
+            out,
+            scale,
+            width,
+            largest,
+            tiny,
+            FIRST=first,
+            REST=rest,
+            TURN=turn,
+            TURN_REST=min(turn, rest),
+            num_warps=16,
+        )
     return out, scale
 
 
 @triton.jit
-def _silu_mul_round(x, out, scale, width, largest, tiny, FIRST: tl.constexpr, REST: tl.constexpr):
+def _silu_mul_round(
+    x, out, scale, width, largest, tiny,
+    FIRST: tl.constexpr, REST: tl.constexpr, TURN: tl.constexpr, TURN_REST: tl.constexpr,
+):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     first, rest = tl.arange(0, FIRST), FIRST + tl.arange(0, REST)
-    a, b = _gated(x + row * 2 * width, first, width), _gated(x + row * 2 * width, rest, width)
+    a = turned(_gated(x + row * 2 * width, first, width), FIRST, TURN)
+    b = turned(_gated(x + row * 2 * width, rest, width), REST, TURN_REST)
     most = tl.maximum(tl.max(tl.abs(a), axis=0), tl.max(tl.abs(b), axis=0))
-    by, to = _store_unit(most, scale + row, largest, tiny), out + row * width
-    tl.store(to + first, (a * by).to(out.dtype.element_ty))
-    tl.store(to + rest, (b * by).to(out.dtype.element_ty), mask=rest < width)
+    by, to = store_unit(most, scale + row, largest, tiny), out + row * width
+    tl.store(to + first, rounded(a * by, out.dtype.element_ty))
+    tl.store(to + rest, rounded(b * by, out.dtype.element_ty), mask=rest < width)
 
 
 @triton.jit

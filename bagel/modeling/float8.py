@@ -7,7 +7,7 @@ Weights are quantised once, with a scale per output channel; inputs whenever the
 from __future__ import annotations
 
 import functools
-from typing import ClassVar
+from typing import ClassVar, Self
 
 import torch
 from torch import Tensor, nn
@@ -33,6 +33,7 @@ class Float8Linear(nn.Module):
     """
 
     contract: ClassVar[type]
+    format: ClassVar[str] = "float8"
     takes: Rounding | None = ROUNDING
     exact: ClassVar[bool] = False
     weight: Tensor
@@ -44,6 +45,11 @@ class Float8Linear(nn.Module):
         self.register_buffer("weight", weight)  # (out, in)
         self.register_buffer("scale", scale)  # (out, 1) float32
         self.bias = linear.bias
+
+    @classmethod
+    def of(cls, linear: nn.Linear) -> Self:
+        """Quantise a layer, on its device."""
+        return cls(linear)
 
     @classmethod
     def stored(cls, weight: Tensor, scale: Tensor, bias: nn.Parameter | None) -> Float8Linear:
@@ -112,6 +118,18 @@ def _cpu_takes_scales_of_rows() -> bool:
     return True
 
 
+def check(linear: nn.Linear, name: str) -> None:
+    """Refuse a layer that cannot be quantised: see `quantize_linears`, whose errors these are."""
+    device = linear.weight.device
+    if device.type == "cuda" and torch.cuda.get_device_capability(device) < CAPABILITY:
+        raise ValueError(f"{torch.cuda.get_device_name(device)} cannot multiply 8-bit floats; use bfloat16")
+    if linear.in_features % 16 or linear.out_features % 16:
+        raise ValueError(
+            f"8-bit layers need sides that are multiples of 16, got {linear.in_features} x {linear.out_features} "
+            f"({name})"
+        )
+
+
 def quantize_linears(module: nn.Module) -> int:
     """Put 8-bit layers in the place of all linear layers within a module and return how many there were.
 
@@ -125,14 +143,7 @@ def quantize_linears(module: nn.Module) -> int:
         if isinstance(child, nn.Linear)
     ]
     for _, name, child in found:
-        device = child.weight.device
-        if device.type == "cuda" and torch.cuda.get_device_capability(device) < CAPABILITY:
-            raise ValueError(f"{torch.cuda.get_device_name(device)} cannot multiply 8-bit floats; use bfloat16")
-        if child.in_features % 16 or child.out_features % 16:
-            raise ValueError(
-                f"8-bit layers need sides that are multiples of 16, got {child.in_features} x {child.out_features} "
-                f"({name})"
-            )
+        check(child, name)
     for parent, name, child in found:
         setattr(parent, name, Float8Linear(child))
     return len(found)

@@ -251,6 +251,13 @@ def test_a_single_token_on_a_gpu_is_not_rounded(monkeypatch):
         assert_near(found, dense + add.double(), 2**-7)
 
 
+@torch.no_grad()
+def test_a_layer_can_be_compiled():
+    layer, x, add = layer_and_input(torch.float32)
+    compiled = torch.compile(lambda x, add: layer(x, add=add), backend="eager", fullgraph=True)
+    assert torch.equal(compiled(x, add), layer(x, add=add))
+
+
 def test_a_layer_of_a_file_turns_nothing():
     torch.manual_seed(0)
     linear, x = nn.Linear(192, 48).half(), torch.randn(5, 192).half()

@@ -303,6 +303,14 @@ def test_a_few_tokens_are_multiplied_by_a_kernel_and_more_expand_the_weight(monk
     assert used == ["expand"]  # rows that are no whole blocks
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("kind", LAYERS)
+def test_a_layer_can_be_compiled(kind):
+    layer, x, add = layer_and_input(kind, torch.float32)
+    compiled = torch.compile(lambda x, add: layer(x, add=add), backend="eager", fullgraph=True)
+    assert torch.equal(compiled(x, add), layer(x, add=add))
+
+
 @pytest.mark.parametrize("kind", LAYERS)
 def test_a_layer_can_be_made_of_what_a_file_holds(kind):
     layer, x, _ = layer_and_input(kind, torch.bfloat16)

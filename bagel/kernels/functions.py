@@ -80,13 +80,15 @@ def find(name: str, x: Tensor, *, narrow: bool = False) -> Callable[..., Any] | 
 
 
 _operators: ModuleType | None = None
+_compiled_for_matrix_units = False
 
 
 def let_compilers_use_kernels() -> None:
     """Make kernels stand in what is compiled from now on, if they can be built for the current GPU."""
-    global _operators
+    global _operators, _compiled_for_matrix_units
     if _operators is None and _kernels(torch.cuda.current_device()) is not None:
         _operators = importlib.import_module("bagel.kernels.operators")
+        _compiled_for_matrix_units = _has_matrix_units(torch.cuda.current_device())
 
 
 @functools.cache
@@ -257,12 +259,19 @@ def _fused(x: Tensor, rounding: Rounding | None) -> Rounding | None:
 
 def _turns(x: Tensor, size: int) -> bool:
     """Whether kernels can turn rows by so many columns: with matrix units, whose least factor is 16."""
-    return size == 1 or (size in TURNS and x.is_cuda and _has_tensor_float(x.device))
+    return size == 1 or (size in TURNS and has_matrix_units(x))
+
+
+def has_matrix_units(x: Tensor) -> bool:
+    """Whether x is on a GPU for which Triton multiplies matrices of integers and of TensorFloat-32 as wholes."""
+    if torch.compiler.is_compiling():  # compilers cannot ask a GPU
+        return x.is_cuda and _compiled_for_matrix_units
+    return x.is_cuda and _has_matrix_units(x.device.index)
 
 
 @functools.cache
-def _has_tensor_float(device: torch.device) -> bool:
-    return torch.cuda.get_device_capability(device)[0] >= 8
+def _has_matrix_units(gpu: int) -> bool:
+    return torch.cuda.get_device_capability(gpu)[0] >= 8
 
 
 # One new token per text -----------------------------------------------------------------------------------------------

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import functools
-
 import torch
 from torch import Tensor
 
-from bagel.kernels.functions import Rows, find
+from bagel.kernels.functions import Rows, find, has_matrix_units
 
 EXACT = 1024
 """Columns whose products float32 adds up exactly: 127 * 127 * 1024 is less than 2^24."""
@@ -27,7 +25,7 @@ def integer_product(
         bias: added before the sum is rounded to its type, `add` after.
         add: may be of another type.
     """
-    if x.values.is_cuda and _multiplies_integers(x.values.device) and (kernel := find("integer_product", x.scale)):
+    if has_matrix_units(x.scale) and (kernel := find("integer_product", x.scale)):
         plus = add.contiguous() if add is not None and add.dtype == x.dtype else None
         y = kernel(x.values, x.scale, weight, scale, bias, plus, dtype=x.dtype)
         return y if add is None or plus is not None else add + y
@@ -52,9 +50,3 @@ def _in_floats(x: Tensor, weight: Tensor) -> Tensor:
         part = slice(first, first + EXACT)
         total += (x[:, part].float() @ weight[:, part].float().t()).int()
     return total
-
-
-@functools.cache
-def _multiplies_integers(device: torch.device) -> bool:
-    """Whether Triton has matrix units for integers there: from CUDA's compute capability 8.0 on."""
-    return torch.cuda.get_device_capability(device)[0] >= 8

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from torch import nn
+from torch import Tensor, nn
+
+from bagel.kernels import rows_of
 
 
 class Embedding(nn.Embedding):
@@ -12,3 +14,7 @@ class Embedding(nn.Embedding):
         """Draw fresh values, unless the table is on the meta device."""
         if not self.weight.is_meta:
             super().reset_parameters()
+
+    def forward(self, ids: Tensor) -> Tensor:
+        """Return the vectors (T, n) of ids (T,), on their device, wherever the table is."""
+        return rows_of(self.weight, ids)

@@ -3,15 +3,24 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from bagel.checkpoint import Checkpoint, Convert, resolve_source, verify_checksums
+from bagel.checkpoint.free_memory import free_bytes, host_free_bytes
 from bagel.memory import explain_out_of_memory
+from bagel.memory.placement import left_in_files, place
+from bagel.memory.plan import parse_bytes
+from bagel.memory.work import Request, Work
 from bagel.modeling import Bagel
 from bagel.tokenizer import Tokenizer
 from bagel.vae import Autoencoder
 
+HOST_SPARE = 2 * 2**30
+"""Bytes that the host needs beside the weights that it keeps for a GPU."""
+OUTSIDE = 768 * 2**20
+"""Bytes of a GPU that its libraries take beside torch's allocator once they are used."""
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -29,10 +38,12 @@ def load_parts(
     token: str | None = None,
     verify: bool = False,
     progress: bool = True,
+    memory: str | int | None = None,
     expand: bool = False,
     convert: Convert | None = None,
 ) -> tuple[Bagel, Autoencoder | None, Tokenizer]:
     """Return model, autoencoder and tokenizer of a folder or Hub id; arguments as `BagelPipeline.from_pretrained`."""
+    limit = None if memory is None else parse_bytes(memory)
     device = choose_device(device)
     dtype = choose_dtype(dtype, device)
     vae_dtype = choose_vae_dtype(vae_dtype, dtype, device)
@@ -55,8 +66,38 @@ def load_parts(
         way_out="`bagel inspect` says what fits; use dtype=torch.bfloat16, visual_gen=False if you only ask questions, "
         "or a machine with more memory",
     ):
-        checkpoint.load(model, vae, device=device, dtype=dtype, vae_dtype=vae_dtype, expand=expand, convert=convert)
+        types = {"dtype": dtype, "vae_dtype": vae_dtype, "expand": expand, "convert": convert}
+        if limit is None and (free := free_bytes(device)) is not None:
+            limit = free - (OUTSIDE if device.type == "cuda" else 0)
+        needed = checkpoint.nbytes(dtype, vae_dtype, expand=expand)
+        if limit is None or needed + Work(checkpoint.config, dtype).drawing(Request()) <= limit:
+            checkpoint.load(model, vae, device=device, **types)
+        else:
+            _load_within(limit, checkpoint, model, vae, device, needed, types)
     return model.eval().requires_grad_(False), None if vae is None else vae.eval().requires_grad_(False), tokenizer
+
+
+def _load_within(
+    limit: int,
+    checkpoint: Checkpoint,
+    model: Bagel,
+    vae: Autoencoder | None,
+    device: torch.device,
+    needed: int,
+    types: dict[str, Any],
+) -> None:
+    """Load onto the host, or leave the largest weights in files where it has no room, and place what a limit lets.
+
+    A CPU never holds more than its limit; beside a GPU the host keeps all weights if it can.
+    """
+    on_host = device.type != "cpu" and needed + HOST_SPARE <= host_free_bytes()
+    leave = [] if on_host else sorted(left_in_files(model, types["dtype"]))
+    checkpoint.load(model, vae, device="cpu", leave=leave, **types)
+    pieces = {}
+    for name in leave:
+        owner, _, leaf = name.rpartition(".")
+        pieces[model.get_submodule(owner), leaf] = checkpoint.pieces(name)
+    place(model, vae, device, limit=limit, pieces=pieces)
 
 
 def choose_device(device: torch.device | str | None) -> torch.device:

@@ -64,7 +64,9 @@ class BagelPipeline:
     ) -> None:
         if attention is not None:
             model.attention = attention_of(attention, device=model.device, dtype=model.dtype)
-        if vae is not None and model.device.type == "cuda":  # laid out as the GPU's convolutions like it
+        if (
+            vae is not None and model.device.type == "cuda" and model.decoder.supply is None
+        ):  # laid out as the GPU's convolutions like it
             vae.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
         self.model, self.vae = model, vae
         self.processor = Processor(model.config, tokenizer)
@@ -82,6 +84,7 @@ class BagelPipeline:
         weights: str | None = None,
         visual_gen: bool | None = None,
         visual_und: bool | None = None,
+        memory: str | int | None = None,
         revision: str | None = None,
         token: str | None = None,
         verify: bool = False,
@@ -102,6 +105,9 @@ class BagelPipeline:
             weights: the weights' file, where a folder holds several.
             visual_gen: False leaves out the generating half, though it is there.
             visual_und: False leaves out the vision half.
+            memory: what may be taken on the device, such as "8GiB" or a number of bytes; what is free by default. What
+                does not fit arrives from the host's memory, or from the files, shortly before it is needed: results
+                are the same bits, and `placement` says what it costs.
             revision, token: for the Hub.
             verify: first read every file that the source's SHA256SUMS lists and compare its checksum.
             progress: show download bars.
@@ -131,6 +137,7 @@ class BagelPipeline:
             weights=weights,
             visual_gen=visual_gen,
             visual_und=visual_und,
+            memory=memory,
             revision=revision,
             token=token,
             verify=verify,
@@ -139,6 +146,17 @@ class BagelPipeline:
             convert=convert,
         )
         return cls(model, vae, tokenizer, attention=attention)
+
+    @property
+    def placement(self) -> str:
+        """A sentence about where the weights are, and what it costs if they do not all stay on the device."""
+        supply = self.model.decoder.supply
+        if supply is None:
+            return f"all weights stay on {self.device}"
+        from bagel.memory.plan import Planner
+
+        planner = Planner(self.model, self.vae, host_table=self.device.type == "cuda")
+        return planner.plan(supply.limit).sentence()
 
     def __repr__(self) -> str:
         model, vae = self.model, self.vae
@@ -208,6 +226,8 @@ class BagelPipeline:
         """
         from bagel.modeling.float8 import quantize_experts
 
+        if self.model.decoder.supply is not None:
+            raise ValueError("a model within a limit of memory cannot be quantised any more; load it quantised")
         quantize_experts(self.model, und=und)
         return self
 
@@ -228,6 +248,10 @@ class BagelPipeline:
                 "this model is quantised and cannot be exported: `bagel convert` writes compressed checkpoints from "
                 "the one that was loaded"
             )
+        if self.model.decoder.supply is not None:
+            self.model.decoder.supply.release()
+            if any(parameter.is_meta for parameter in self.model.parameters()):
+                raise ValueError("this model reads its weights from its files: copy those, or use `bagel convert`")
         model, vae = self.model, self.vae
         save_checkpoint(
             folder, model, vae, model.config, self.tokenizer, max_shard_bytes=max_shard_bytes, overwrite=overwrite

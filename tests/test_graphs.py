@@ -164,7 +164,7 @@ class Inherited(Linear):
 def decoder(monkeypatch) -> nn.Module:
     """A decoder of which graphs could be made: it says that it is on the current GPU."""
     decoder = new_model().decoder
-    monkeypatch.setattr(decoder, "parameters", lambda: iter([SimpleNamespace(device=torch.device("cuda", 1))]))
+    monkeypatch.setattr(decoder.norm, "parameters", lambda: iter([SimpleNamespace(device=torch.device("cuda", 1))]))
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 1)
     monkeypatch.setattr(torch, "is_autocast_enabled", lambda device: False)
     with torch.no_grad():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,12 +13,13 @@ from bagel.checkpoint.autoencoder import check_shapes, resolve_vae_config
 from bagel.checkpoint.errors import CheckpointError
 from bagel.checkpoint.files import JOURNAL, OFFICIAL, TensorFiles, find_autoencoder, has_tokenizer, read_single
 from bagel.checkpoint.keys import official_shapes
-from bagel.checkpoint.load import Convert, load_autoencoder, load_model
+from bagel.checkpoint.load import Convert, load_autoencoder, load_model, pieces_of
 from bagel.checkpoint.measure import measure
 from bagel.checkpoint.resolve import Resolver
 from bagel.checkpoint.sources import Source, open_source
 from bagel.checkpoint.stated import StatedFiles, read_stated
 from bagel.config import BagelConfig
+from bagel.memory.units import Piece
 from bagel.modeling import Bagel
 from bagel.vae import Autoencoder
 
@@ -118,6 +120,7 @@ class Checkpoint:
         vae_dtype: torch.dtype | None = None,
         expand: bool = False,
         convert: Convert | None = None,
+        leave: Collection[str] = (),
     ) -> None:
         """Fill a model and an autoencoder that were built on the meta device, tensor by tensor, where they shall live.
 
@@ -135,6 +138,7 @@ class Checkpoint:
             convert: called as `convert(name, linear)` for every dense linear layer right after it was filled; what it
                 returns takes the layer's place. So a model that is quantised while it is loaded is never whole in
                 `dtype`. Layers that stay compressed are not shown to it.
+            leave: parameters of the model that are left without values, to be read when they are needed; see `pieces`.
 
         Raises:
             CheckpointError: for a file that is damaged or changed since `open`, weights that are NaN or infinite, a
@@ -144,9 +148,24 @@ class Checkpoint:
         if vae is not None and self.vae is None:
             raise CheckpointError(f"{self.folder} was opened without an autoencoder: pass vae=None")
         place = torch.device(device)
-        load_model(model, self.weights, self.config, device=place, dtype=dtype, expand=expand, convert=convert)
+        load_model(
+            model, self.weights, self.config, device=place, dtype=dtype, expand=expand, convert=convert, leave=leave
+        )
         if vae is not None and self.vae is not None:
             load_autoencoder(vae, self.vae, device=place, dtype=vae_dtype)
+
+    def nbytes(self, dtype: torch.dtype, vae_dtype: torch.dtype, *, expand: bool = False) -> int:
+        """Return the bytes that all weights take once they are loaded; arguments as for `load`."""
+        found = 0 if self.vae is None else sum(entry.numel for entry in self.vae.entries.values()) * vae_dtype.itemsize
+        for key in official_shapes(self.config):
+            entry = self.weights.entries[key]
+            kept = self.weights.keeps(key) and not expand
+            found += entry.nbytes if kept else entry.numel * dtype.itemsize
+        return found
+
+    def pieces(self, parameter: str) -> list[Piece]:
+        """Return where the rows of one of the model's parameters are in the files, for those that `load` has left."""
+        return pieces_of(self.weights, self.config, parameter)
 
 
 def _folder(source: str | Path) -> Path:

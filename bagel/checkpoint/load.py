@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -20,6 +21,7 @@ from bagel.checkpoint.keys import TABLE_PARAMETERS, Target, targets
 from bagel.checkpoint.sources import Source, TensorSource
 from bagel.config import BagelConfig
 from bagel.memory import is_out_of_memory
+from bagel.memory.units import Piece
 
 STEP_BYTES = 128 * 2**20
 """Most bytes read at once: bounds the temporary copy of a cast."""
@@ -37,9 +39,21 @@ def load_model(
     dtype: torch.dtype | None,
     expand: bool = False,
     convert: Convert | None = None,
+    leave: Collection[str] = (),
 ) -> None:
     """Fill `Bagel` from the official keys; see `Checkpoint.load`."""
-    _Loader(model, weights, targets(config), device=device, dtype=dtype, expand=expand, convert=convert).run()
+    _Loader(
+        model, weights, targets(config), device=device, dtype=dtype, expand=expand, convert=convert, leave=leave
+    ).run()
+
+
+def pieces_of(weights: Source, config: BagelConfig, parameter: str) -> list[Piece]:
+    """Return where the rows of a parameter are in files."""
+    return [
+        Piece(target.start, target.shape[0], functools.partial(weights.read, key))
+        for key, target in targets(config).items()
+        if target.parameter == parameter
+    ]
 
 
 def load_autoencoder(vae: nn.Module, weights: TensorFiles, *, device: torch.device, dtype: torch.dtype | None) -> None:
@@ -68,9 +82,10 @@ class _Loader:
         dtype: torch.dtype | None,
         expand: bool = False,
         convert: Convert | None = None,
+        leave: Collection[str] = (),
     ) -> None:
         self.module, self.weights, self.wanted, self.device = module, weights, wanted, device
-        self.convert = convert
+        self.convert, self.leave = convert, frozenset(leave)
         self.decodes_there = decodes_there(device)
         self.shapes: dict[str, tuple[int, ...]] = {}
         self.dtypes: dict[str, torch.dtype] = {}
@@ -84,7 +99,8 @@ class _Loader:
             else:
                 self.dtypes[name] = dtype
         self.linears = {name: part for name, part in module.named_modules() if isinstance(part, nn.Linear)}
-        self.kept = () if expand else tuple(name for name in self.linears if self._is_kept(name))
+        names = [name for name in self.linears if f"{name}.weight" not in self.leave]
+        self.kept = () if expand else tuple(name for name in names if self._is_kept(name))
         """The linear layers whose weights stay in the form in which they are stored."""
         self.filled: dict[str, Tensor] = {}
         self.extremes: list[tuple[str, Tensor]] = []
@@ -95,6 +111,8 @@ class _Loader:
     def run(self) -> None:
         self._check_module()
         self._check_memory()
+        for name in self.leave:
+            _assign(self.module, name, torch.empty(self.shapes[name], dtype=self.dtypes[name], device="meta"))
         try:
             self._read_dense()
             self._read_kept()
@@ -102,7 +120,7 @@ class _Loader:
             self.weights.close()
         self._check_finite()
         tensors = itertools.chain(self.module.named_parameters(), self.module.named_buffers())
-        left = [name for name, tensor in tensors if tensor.is_meta]
+        left = [name for name, tensor in tensors if tensor.is_meta and name not in self.leave]
         if left:
             raise CheckpointError(f"{type(self.module).__name__} has {quoted(left)}, which no checkpoint fills")
 
@@ -130,7 +148,7 @@ class _Loader:
         passing = {f"{name}.weight" for name in self.linears} - kept if self.convert else set()
         sizes = {name: math.prod(shape) * self.dtypes[name].itemsize for name, shape in self.shapes.items()}
         stored = sum(self.weights.entries[key].nbytes for name in kept for key in self.keys[name])
-        dense = sum(size for name, size in sizes.items() if name not in kept | passing)
+        dense = sum(size for name, size in sizes.items() if name not in kept | passing | self.leave)
         return stored + dense + max((sizes[name] for name in passing), default=0)
 
     def _too_large(self, free: str) -> MemoryError:
@@ -153,7 +171,7 @@ class _Loader:
     # Dense weights ----------------------------------------------------------------------------------------------------
 
     def _read_dense(self) -> None:
-        kept = {f"{name}.weight" for name in self.kept}
+        kept = {*(f"{name}.weight" for name in self.kept), *self.leave}
         keys = [key for key, target in self.wanted.items() if target.parameter not in kept]
         left = {key: owner for key in keys if (owner := self._owner(key)) is not None}
         counts = {name: list(left.values()).count(name) for name in set(left.values())} if self.convert else {}

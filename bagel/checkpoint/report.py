@@ -15,8 +15,13 @@ from bagel.checkpoint.errors import CheckpointError
 from bagel.checkpoint.files import TensorEntry, find_autoencoder, read_single
 from bagel.checkpoint.free_memory import free_places
 from bagel.checkpoint.keys import find_row, parameter_shapes
+from bagel.memory.plan import BUS, Planner
+from bagel.modeling import Bagel
+from bagel.vae import Autoencoder
 
 GIB = 2**30
+LIMITS = (8, 12, 16, 24, 32, 48, 80)
+"""GiB of GPUs that people have."""
 WORKING_SHARE = 0.15
 """Room for activations, caches and the autoencoder's own work, as a share of the weights."""
 
@@ -50,6 +55,7 @@ def inspect_checkpoint(source: str | Path | Checkpoint, *, base: str | Path | No
         _listed("cannot", (*trouble, *_missing(checkpoint), *checkpoint.lacks)),
         _listed("notes", checkpoint.notes),
         _fits(checkpoint),
+        _limits(checkpoint),
     ]
     return "\n\n".join("\n".join(block) for block in blocks if block)
 
@@ -165,6 +171,35 @@ def _fits(checkpoint: Checkpoint) -> list[str]:
             answers = "  ".join(f"{place}: {_verdict(nbytes, free)}" for place, free in places.items())
             lines.append(f"  {name:<20}{str(dtype).removeprefix('torch.'):<10}{_size(nbytes):>12}  {answers}")
     return lines
+
+
+def _limits(checkpoint: Checkpoint) -> list[str]:
+    """Say what limits of a GPU's memory mean for the exact model."""
+    with torch.device("meta"):
+        model = Bagel(checkpoint.config).to(torch.bfloat16)
+        vae_config = checkpoint.config.vae_config if checkpoint.config.visual_gen else None
+        vae = None if vae_config is None else Autoencoder(vae_config).to(torch.bfloat16)
+    planner = Planner(model, vae)
+    lines = ["within a limit (memory=...; bfloat16, the same bits; an image of 1024x1024, a text about an image)"]
+    lines.append(
+        f"  {'limit':>8}  {'drawing: stays':>14}  {'arrives each evaluation':>24}  {'writing: arrives each token':>28}"
+    )
+    for limit in LIMITS:
+        plan = planner.plan(limit * GIB)
+        lines.append(
+            f"  {limit:>4} GiB  {_stays(plan.drawing):>14}  {_arrives(plan.drawing):>24}  {_arrives(plan.writing):>28}"
+        )
+    return [*lines, f"  the times: copied at {BUS / 1e9:.0f} GB/s (PCIe 4), while others compute"]
+
+
+def _stays(found: tuple[int, int] | None) -> str:
+    return "-" if found is None else "all" if not found[1] else _size(found[0])
+
+
+def _arrives(found: tuple[int, int] | None) -> str:
+    if found is None:
+        return "does not fit"
+    return "nothing" if not found[1] else f"{_size(found[1])} in {found[1] / BUS:.2f} s"
 
 
 def _verdict(nbytes: int, free: int) -> str:

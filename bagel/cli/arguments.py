@@ -251,6 +251,12 @@ def _model(parser: ArgumentParser) -> None:
     )
     group.add_argument("--device", help="cuda, cuda:1, cpu (default: a GPU if there is one)")
     group.add_argument("--dtype", help="bfloat16, float16 or float32 (default: what suits the device)")
+    group.add_argument(
+        "--memory",
+        metavar="SIZE",
+        help="what may be taken on the device, such as 8GiB (default: what is free); weights that do not fit arrive "
+        "when they are needed, and results are the same",
+    )
     group.add_argument("--float8", action="store_true", help="8-bit floats where they cost little: faster, lossy")
     group.add_argument("--attention", default="auto", help="auto, sdpa, fa3, flash or reference (default: auto)")
     group.add_argument(

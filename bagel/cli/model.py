@@ -14,6 +14,7 @@ from bagel.cli.errors import UsageError
 from bagel.demo import CHECKPOINT
 from bagel.image import open_image
 from bagel.loading import choose_device, choose_dtype
+from bagel.memory.plan import parse_bytes
 from bagel.modeling.attention import check_backend
 from bagel.options import make_options
 from bagel.pipeline import BagelPipeline
@@ -28,6 +29,7 @@ def check_options(args: Namespace, task: str) -> Any:
     try:
         check_backend(args.attention)
         choose_dtype(args.dtype, choose_device(args.device))
+        _ = None if args.memory is None else parse_bytes(args.memory)
         return make_options(task, given_options(args), args.preset)
     except (ValueError, TypeError) as error:
         raise UsageError(str(error)) from error
@@ -50,5 +52,8 @@ def load(args: Namespace, *, draws: bool) -> BagelPipeline:
         weights=args.weights,
         revision=args.revision,
         visual_gen=None if draws else False,
+        memory=args.memory,
     )
+    if pipe.model.decoder.supply is not None:
+        print(pipe.placement, file=sys.stderr)
     return pipe.use_float8(und=not draws) if args.float8 else pipe

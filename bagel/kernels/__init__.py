@@ -22,6 +22,7 @@ from bagel.kernels.functions import (
     rms_norm,
     rotate,
     round_rows,
+    rows_of,
     silu_mul,
     turn,
 )
@@ -45,6 +46,7 @@ __all__ = [
     "rms_norm",
     "rotate",
     "round_rows",
+    "rows_of",
     "silu_mul",
     "turn",
 ]

@@ -274,6 +274,18 @@ def _has_matrix_units(gpu: int) -> bool:
     return torch.cuda.get_device_capability(gpu)[0] >= 8
 
 
+def rows_of(table: Tensor, ids: Tensor) -> Tensor:
+    """Return the rows (T, n) of a table (N, n) for ids (T,), on their device; the table may be on the host.
+
+    A GPU reads from page-locked memory by itself; otherwise the host waits for the ids.
+    """
+    if table.device == ids.device:
+        return F.embedding(ids, table)
+    if table.is_pinned() and (kernel := find("rows_from_host", ids)):
+        return kernel(ids, table)
+    return F.embedding(ids.to(table.device), table).to(ids.device)
+
+
 # One new token per text -----------------------------------------------------------------------------------------------
 
 

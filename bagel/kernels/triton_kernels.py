@@ -10,6 +10,7 @@ from __future__ import annotations
 import torch
 
 from bagel.kernels.triton_dfloat11 import expand_dfloat11
+from bagel.kernels.triton_host import rows_from_host
 from bagel.kernels.triton_images import add_biased, doubled, group_norm_silu
 from bagel.kernels.triton_int8 import integer_product, turn_rows
 from bagel.kernels.triton_nf4 import blocks_times_vectors, expand_blocks
@@ -43,6 +44,7 @@ __all__ = [
     "rms_norm",
     "rms_norm_round",
     "round_rows",
+    "rows_from_host",
     "silu_mul",
     "silu_mul_round",
     "try_some",

@@ -137,19 +137,25 @@ class Bagel(nn.Module):
 
     @property
     def device(self) -> torch.device:
-        """Device of the weights."""
-        return next(self.decoder.parameters()).device
+        """Where it computes."""
+        return self.decoder.device
 
     @property
     def dtype(self) -> torch.dtype:
-        """Type of the weights."""
-        return next(self.decoder.parameters()).dtype
+        """Type in which it computes."""
+        return self.decoder.dtype
 
     def new_context(self) -> Context:
         """Return an empty context; its cache grows as it is extended, see `Context.reserve`."""
-        config, weight = self.config.llm_config, next(self.decoder.parameters()).detach()
+        config, supply = self.config.llm_config, self.decoder.supply
         shape = (config.num_hidden_layers, 0, config.num_key_value_heads, config.head_dim)
-        return Context(KVCache(weight.new_empty(shape), weight.new_empty(shape)))
+        keys, values = (torch.empty(shape, device=self.device, dtype=self.dtype) for _ in range(2))
+        return Context(KVCache(keys, values, None if supply is None else supply.make_room))
+
+    def expect(self, und: int, gen: int) -> None:
+        """Make room for a forward of so many tokens of each expert, before anything of their size is made."""
+        if self.decoder.supply is not None:
+            self.decoder.supply.expect(und, gen)
 
     # What enters ------------------------------------------------------------------------------------------------------
 
@@ -186,6 +192,7 @@ class Bagel(nn.Module):
 
     def embed(self, packed: Packed) -> Streams:
         """Return both input streams (Tu, H), (Tg, H) of a packed batch on this device."""
+        self.expect(packed.und_positions.shape[0], packed.gen_positions.shape[0])
         und = self.decoder.embed_tokens(packed.text_ids)
         if packed.vit_lengths:
             seen = self.embed_patches(packed.vit_patches, packed.vit_position_ids, packed.vit_lengths)

@@ -65,6 +65,7 @@ class DecodeStep:
         self.ids = torch.zeros(texts, device=model.device, dtype=torch.long)
         self.positions = torch.zeros_like(self.ids)
         self.graph = self._captured() if can_capture(model.decoder) else None
+        self.moves = moves_of(model)
 
     def fits(self, model: Bagel, texts: int, tokens: int) -> bool:
         """Whether this may be used again: for as many texts of so many tokens, and the same weights."""
@@ -82,7 +83,7 @@ class DecodeStep:
     def __call__(self, ids: Tensor) -> Tensor:
         """Append a token (B,) to each text and return the logits (B, vocab) float32, valid until the next call."""
         self.ids.copy_(ids)
-        if self.graph is None:
+        if self.graph is None or self.moves != moves_of(self.model):
             return self._run()
         self.graph.replay()
         return self.logits
@@ -93,13 +94,27 @@ class DecodeStep:
         self.positions += 1
         return logits
 
-    def _captured(self) -> torch.cuda.CUDAGraph:
+    def _captured(self) -> torch.cuda.CUDAGraph | None:
         for _ in range(2):  # first uses allocate, choose kernels and compile: not within a graph, nor on its stream
             self._run()
+        if not stays_put(self.model):
+            return None
+        self.signature = signature_of(self.model.decoder)
         graph = torch.cuda.CUDAGraph()
         with capturing(), torch.cuda.graph(graph, stream=torch.cuda.Stream()):
             self.logits = self._run()
         return graph
+
+
+def stays_put(model: Bagel) -> bool:
+    """Whether all weights that a decode step needs stay on the device; those of a model without a limit always do."""
+    supply = model.decoder.supply
+    return supply is None or supply.holds(gen=False)
+
+
+def moves_of(model: Bagel) -> int:
+    """Return how often weights of a model have moved, so that a graph knows when it is out of date."""
+    return 0 if model.decoder.supply is None else model.decoder.supply.moves
 
 
 def take_step(model: Bagel, texts: int, tokens: int) -> DecodeStep | None:
@@ -108,7 +123,7 @@ def take_step(model: Bagel, texts: int, tokens: int) -> DecodeStep | None:
     The last one is kept by the model (`give_back`): making one takes a tenth of a second, and its caches take memory.
     """
     step, model.graphs.decode_step = model.graphs.decode_step, None
-    if not getattr(model.attention, "has_step", False) or not can_capture(model.decoder):
+    if not getattr(model.attention, "has_step", False) or not can_capture(model.decoder) or not stays_put(model):
         return None
     if step is not None and step.fits(model, texts, tokens):
         return step
@@ -128,5 +143,7 @@ def has_room(model: Bagel, texts: int, capacity: int) -> bool:
     """Whether caches of that size leave enough of the GPU's memory free."""
     config, device = model.config.llm_config, model.device
     size = 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim * model.dtype.itemsize
-    unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-    return size * texts * capacity * SHARE <= torch.cuda.mem_get_info(device)[0] + unused
+    free = torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    if model.decoder.supply is not None:
+        free = min(free, model.decoder.supply.spare())
+    return size * texts * capacity * SHARE <= free

@@ -61,6 +61,7 @@ class Denoiser:
     ) -> None:
         self.model, self.targets, self.branches, self.pack = model, tuple(targets), tuple(branches), pack
         self.sizes = tuple(sum(count for _, _, count, _ in target.runs()) for target in targets)
+        model.expect(2 * len(branches), sum(self.sizes[branch.image] for branch in branches))
         cells = [image.position_ids for target in targets for image, *_ in target.runs()]  # pyright: ignore
         self.table = model.latent_pos_embed(torch.cat(cells).to(model.device))
         embedded = model.time_embedder(torch.tensor([*times], dtype=torch.float32).to(model.device)) if times else ()
@@ -102,7 +103,8 @@ class Denoiser:
             return decoder(Streams(und, gen), rotary, attend).gen
 
         self.decoders[active] = run
-        if self.model.device.type in REPLAYS and packed.gen_positions.shape[0] < LAUNCH_BOUND:
+        stays = decoder.supply is None
+        if stays and self.model.device.type in REPLAYS and packed.gen_positions.shape[0] < LAUNCH_BOUND:
             self.decoders[active] = Replayed(run, decoder, graphs.memory)
         elif self.model.device.type in REPLAYS:
             graphs.memory.clear()  # a large image may need it

@@ -129,13 +129,13 @@ def capturing() -> Iterator[None]:
                 gc.enable()
 
 
-def can_capture(decoder: nn.Module) -> bool:
+def can_capture(decoder: Any) -> bool:
     """Whether graphs can be made of a decoder: it is on the current GPU, and a graph would do what calling it does.
 
     So there are no gradients, no autocast, no hooks, no layers whose `forward` was replaced, and none of classes from
     elsewhere, whose results may depend on more than their weights.
     """
-    device = next(decoder.parameters()).device
+    device = decoder.device
     if device.type != "cuda" or device.index != torch.cuda.current_device():
         return False
     if torch.is_autocast_enabled("cuda") or torch.is_grad_enabled() or nn.modules.module._has_any_global_hook():

@@ -9,6 +9,7 @@ per head.
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from typing import Any, ClassVar, NamedTuple
 
 import torch
@@ -181,6 +182,8 @@ class Decoder(nn.Module):
         super().__init__()
         with_gen = with_gen and config.has_gen_expert
         self.config = config
+        self.supply: Any = None
+        """Brings weights that do not fit the device in time, see `bagel.memory.Supply`; None where all are there."""
         self.embed_tokens = Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(
             DecoderLayer(config, index=index, with_gen=with_gen) for index in range(config.num_hidden_layers)
@@ -192,8 +195,13 @@ class Decoder(nn.Module):
 
     @property
     def dtype(self) -> torch.dtype:
-        """Type of the weights."""
-        return next(self.parameters()).dtype
+        """Type in which it computes."""
+        return next(self.norm.parameters()).dtype
+
+    @property
+    def device(self) -> torch.device:
+        """Where it computes."""
+        return next(self.norm.parameters()).device
 
     def rotary(self, und: Tensor, gen: Tensor) -> tuple[Rotary, Rotary]:
         """Return the rotary tables of the positions (Tu,) and (Tg,) of both streams (arXiv 2104.09864), by halves.
@@ -215,8 +223,10 @@ class Decoder(nn.Module):
         """
         if x.und.dtype == torch.float16:
             x = Streams(x.und.float(), x.gen.float())
-        for layer in self.layers:
-            x = layer(x, rotary, attend)
+        supply, (und, gen) = self.supply, x
+        with nullcontext(self.layers) if supply is None else supply.through(self.layers, len(und), len(gen)) as layers:
+            for layer in layers:
+                x = layer(x, rotary, attend)
         return x
 
     def next_logits(self, ids: Tensor, positions: Tensor, attend: Attend) -> Tensor:
@@ -233,4 +243,6 @@ class Decoder(nn.Module):
         normed = self.norm(hidden).to(self.dtype)
         if self.lm_head is None:  # tied: the table of embeddings is the head
             return nn.functional.linear(normed, self.embed_tokens.weight).float()
+        if self.supply is not None:
+            self.supply.bring(self.lm_head)
         return self.lm_head(normed).float()

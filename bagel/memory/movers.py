@@ -1,0 +1,92 @@
+"""How weights get from where they are kept to where they are used, while something else is computed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+
+class Mover(Protocol):
+    """Fills memory on a device in the background.
+
+    A mark says that something has been done, once it is waited for; None says that it has been done already.
+    """
+
+    def start(self, fill: Callable[[Tensor], None], memory: Tensor, after: Any) -> Any:
+        """Begin to fill memory once the mark `after` has been reached, and return the mark of its end."""
+        ...
+
+    def now(self) -> Any:
+        """Return the mark of all that has been computed, or asked for, until now."""
+        ...
+
+    def wait(self, mark: Any) -> None:
+        """Let what is computed from now on wait for a mark."""
+        ...
+
+
+class GPUMover:
+    """Copies from the host's memory in a stream of its own, beside what a CUDA GPU computes."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device, self.stream = device, torch.cuda.Stream(device)
+
+    def start(self, fill: Callable[[Tensor], None], memory: Tensor, after: torch.cuda.Event | None) -> torch.cuda.Event:
+        """Begin to copy; the mark is an event."""
+        if after is not None:
+            self.stream.wait_event(after)
+        with torch.cuda.stream(self.stream):
+            fill(memory)
+        end = torch.cuda.Event()
+        end.record(self.stream)
+        return end
+
+    def now(self) -> torch.cuda.Event:
+        """Return an event in the current stream."""
+        mark = torch.cuda.Event()
+        mark.record(torch.cuda.current_stream(self.device))
+        return mark
+
+    def wait(self, mark: torch.cuda.Event | None) -> None:
+        """Let the current stream wait; the CPU goes on."""
+        if mark is not None:
+            torch.cuda.current_stream(self.device).wait_event(mark)
+
+
+class FileMover(GPUMover):
+    """As `GPUMover`, for weights that are read from files: by a thread, lest the GPU's work be launched too late."""
+
+    def __init__(self, device: torch.device) -> None:
+        super().__init__(device)
+        self.thread = ThreadPoolExecutor(1, thread_name_prefix="weights")
+
+    def start(self, fill: Callable[[Tensor], None], memory: Tensor, after: Any) -> Future[torch.cuda.Event]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        """Begin to read; the mark is a future of an event."""
+        return self.thread.submit(super().start, fill, memory, after)
+
+    def wait(self, mark: Any) -> None:
+        """Wait until all is read and being copied, and raise what went wrong in reading."""
+        super().wait(mark.result() if isinstance(mark, Future) else mark)
+
+
+class HostMover:
+    """Reads by a thread, for devices that compute while the CPU waits: what is computed now has been computed."""
+
+    def __init__(self) -> None:
+        self.thread = ThreadPoolExecutor(1, thread_name_prefix="weights")
+
+    def start(self, fill: Callable[[Tensor], None], memory: Tensor, after: None) -> Future[None]:
+        """Begin to read; the mark is a future."""
+        return self.thread.submit(fill, memory)
+
+    def now(self) -> None:
+        """Return None: nothing is under way."""
+
+    def wait(self, mark: Future[None] | None) -> None:
+        """Wait, and raise what went wrong in reading."""
+        if mark is not None:
+            mark.result()

@@ -1,0 +1,134 @@
+"""What a limit of memory means, told before anything is loaded: what stays on the device, and what arrives."""
+
+from __future__ import annotations
+
+import itertools
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from bagel.memory.errors import NotEnoughMemoryError
+from bagel.memory.placement import SLACK, experts_of, guests_of, tensors_of
+from bagel.memory.supply import chosen, nbytes, needs
+from bagel.memory.work import Request, Work
+from bagel.modeling import Bagel
+from bagel.vae import Autoencoder
+
+GIB = 2**30
+UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": GIB}
+BUS = 25e9
+"""Bytes a second that a GPU gets from page-locked memory over sixteen lanes of PCIe 4; twice that with PCIe 5."""
+
+
+def parse_bytes(size: str | int) -> int:
+    """Return the bytes of a size such as "8GiB", "7.5 GB" or a number of bytes.
+
+    Raises:
+        ValueError: it cannot be understood, or is not positive.
+        TypeError: neither a text nor an integer.
+    """
+    if isinstance(size, bool) or not isinstance(size, str | int):
+        raise TypeError(f'memory must be a size such as "8GiB" or a number of bytes, got {size!r}')
+    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([a-z]*)\s*", str(size), re.IGNORECASE)
+    unit = UNITS.get(found.group(2).upper()) if found else None
+    if found is None or unit is None or float(found.group(1)) * unit < 1:
+        raise ValueError(f'memory must be a size such as "8GiB" or "7500MB", got {size!r}')
+    return int(float(found.group(1)) * unit)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How a model stands within a limit.
+
+    Attributes:
+        limit: bytes.
+        weights: bytes of all weights.
+        fixed: of those that never leave the device.
+        drawing: bytes of both experts that stay while an image is drawn, and of those that arrive for each evaluation;
+            None where it does not fit.
+        writing: the same of the und expert and the head, for each token of a text.
+    """
+
+    limit: int
+    weights: int
+    fixed: int
+    drawing: tuple[int, int] | None
+    writing: tuple[int, int] | None
+
+    @property
+    def fits(self) -> bool:
+        """Whether all weights stay on the device."""
+        return (
+            self.drawing is not None
+            and self.writing is not None
+            and self.weights <= self.limit
+            and not (self.drawing[1] or self.writing[1])
+        )
+
+    def sentence(self, *, bus: float = BUS) -> str:
+        """Say what was chosen and what it costs; `bus` in bytes a second."""
+        size = f"{self.limit / GIB:.1f} GiB"
+        if self.drawing is None and self.writing is None:
+            return f"{size}: too little for this model"
+        parts = []
+        for found, what, each in ((self.drawing, "images", "evaluation"), (self.writing, "texts", "token")):
+            if found is None:
+                parts.append(f"{what}: do not fit")
+            elif found[1]:
+                parts.append(
+                    f"{what}: {found[0] / GIB:.1f} GiB of the experts stay, {found[1] / GIB:.1f} GiB arrive for each "
+                    f"{each}, in {found[1] / bus:.2f} s at {bus / 1e9:.0f} GB/s, while others compute"
+                )
+            else:
+                parts.append(f"{what}: all they need stays")
+        return f"{size}: " + "; ".join(parts)
+
+
+class Planner:
+    """Plans for a model, which may be on the meta device.
+
+    Args:
+        model: its sizes count, not its values.
+        vae: its autoencoder.
+        host_table: the table of embeddings stays on the host.
+    """
+
+    def __init__(self, model: Bagel, vae: Autoencoder | None, *, host_table: bool = True) -> None:
+        self.layers, self.guests = experts_of(model), guests_of(model, vae)
+        self.head = self.guests.get(model.decoder.lm_head) if model.decoder.lm_head is not None else None
+        self.work, self.config = Work(model.config, model.dtype), model.config
+        self.weights = sum({id(tensor): tensor.nbytes for _, _, tensor in tensors_of(model, vae)}.values())
+        table = model.decoder.embed_tokens.weight.nbytes if host_table and self.head is not None else 0
+        moving = [unit for unit in itertools.chain(*self.layers) if unit is not None]
+        self.fixed = self.weights - table - nbytes([*moving, *self.guests.values()])
+
+    def plan(self, limit: int, request: Request | None = None) -> Plan:
+        """Return the plan for a limit in bytes."""
+        request = request or Request()
+        return Plan(limit, self.weights, self.fixed, self._drawing(limit, request), self._writing(limit, request))
+
+    def least(self, request: Request | None = None) -> int:
+        """Return the smallest limit, to a quarter of a GiB, within which a request can be drawn or answered."""
+        steps = range(1, 4 * 256)
+        for step in steps:
+            found = self.plan(step * GIB // 4, request)
+            if found.writing is not None and (found.drawing is not None or not self.config.visual_gen):
+                return found.limit
+        raise NotEnoughMemoryError("no GPU has memory enough for this request")
+
+    def _drawing(self, limit: int, request: Request) -> tuple[int, int] | None:
+        if not self.config.visual_gen:
+            return None
+        room = limit - SLACK - self.fixed - self.work.drawing(request)
+        return _split([unit for experts in self.layers for unit in needs(experts, 1)], room)
+
+    def _writing(self, limit: int, request: Request) -> tuple[int, int] | None:
+        head = 0 if self.head is None else self.head.nbytes
+        room = limit - SLACK - self.fixed - self.work.writing(request) - head
+        found = _split([experts[0] for experts in self.layers], room)
+        return None if found is None else (found[0] + head, found[1])
+
+
+def _split(order: Sequence, room: int) -> tuple[int, int] | None:
+    found = chosen(order, room)
+    return None if found is None else (nbytes(found[0]), nbytes(order) - nbytes(found[0]))

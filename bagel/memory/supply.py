@@ -1,0 +1,351 @@
+"""Weights that do not fit their device: some stay there, the others arrive shortly before they are needed.
+
+One forward needs the decoder's weights in a known order, layer by layer. Of these as many stay on the device as there
+is room for, spread evenly over the layers, so that there is time to copy the others while those that stay compute. What
+is copied goes into slots that are used in turn. The order goes round: while the last layers compute, the first ones
+arrive for the next forward. Nothing is rounded or reordered: results are the same bits as without a limit.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from contextlib import closing, contextmanager
+from dataclasses import dataclass
+from typing import Any
+from weakref import WeakSet
+
+import torch
+from torch import Tensor, nn
+
+from bagel.memory.errors import NotEnoughMemoryError
+from bagel.memory.movers import GPUMover, HostMover, Mover
+from bagel.memory.units import Unit
+
+AHEAD = 4
+"""Slots that weights pass through: two for the layer that computes, one for each expert, and two for the next."""
+GIB = 2**30
+
+Experts = tuple[Unit, Unit | None]
+"""The weights of a layer's und expert, and of its gen expert where it has one."""
+
+
+@dataclass(eq=False)
+class Slot:
+    """Memory (nbytes,) uint8 on the device, which may be overwritten from a mark on; see `Mover`."""
+
+    memory: Tensor
+    free_from: Any
+
+
+@dataclass(eq=False)
+class Placed:
+    """A unit on the device: in which slot, from which mark on its values are there, and the mark of their last use."""
+
+    slot: Slot
+    ready_from: Any
+    used_until: Any = None
+
+
+class Supply:
+    """Brings weights to the device that computes with them in time, within a limit.
+
+    Args:
+        device: where the model computes.
+        layers: the weights of each decoder layer.
+        guests: weights that are needed now and then: the head, the vision encoder, the autoencoder.
+        limit: bytes that may be taken on the device, whatever for.
+        fixed: bytes of the weights that are always there.
+        work: from the numbers of und and gen tokens to the bytes that a forward of them takes.
+        slack: bytes left free for what an allocator cannot use between its blocks.
+    """
+
+    def __init__(
+        self,
+        device: torch.device,
+        layers: Sequence[Experts],
+        guests: dict[nn.Module, Unit],
+        *,
+        limit: int,
+        fixed: int,
+        work: Callable[[int, int], int],
+        slack: int,
+    ) -> None:
+        self.device, self.layers, self.guests = device, tuple(layers), guests
+        self.limit, self.fixed, self.work, self.slack = limit, fixed, work, slack
+        self.mover: Mover = GPUMover(device) if device.type == "cuda" else HostMover()
+        self.placed: dict[Unit, Placed] = {}
+        self.free: list[Slot] = []
+        self.order: tuple[Unit, ...] = ()
+        self.stays: frozenset[Unit] = frozenset()
+        self.latest: Unit | None = None  # guest
+        self.passing = self.allowed = 0
+        self.reached = 0
+        self.moves = 0
+        """How often weights have left the device: whoever remembers where they are must look again."""
+        self._lock, self._busy = threading.RLock(), False
+        _supplies.add(self)
+
+    def __reduce__(self) -> Any:
+        raise TypeError("a model within a limit of memory cannot be copied; load it once more")
+
+    # What a model asks for --------------------------------------------------------------------------------------------
+
+    @contextmanager
+    def through(self, layers: Sequence[nn.Module], und: int, gen: int) -> Iterator[Iterator[nn.Module]]:
+        """Give an iterator over the decoder's layers, each of which has its weights on the device while it is current.
+
+        Args:
+            layers: of the decoder.
+            und, gen: tokens that each expert gets.
+
+        Raises:
+            NotEnoughMemoryError: the limit is too small for so many tokens.
+        """
+        if self.device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+            yield iter(layers)  # what a graph was made of stays where it is, see `holds`
+            return
+        with self._lock:
+            if self._busy:
+                raise RuntimeError("a model within a limit of memory cannot be called from within itself")
+            self._busy = True
+            try:
+                with closing(self._walk(layers, und, gen)) as walk:
+                    yield walk
+            finally:
+                self._busy = False
+
+    def bring(self, module: nn.Module, work: int = 0) -> None:
+        """Have the weights of a guest on the device, and room for so many bytes of its work; other guests leave."""
+        unit = self.guests.get(module)
+        if unit is None or (self.device.type == "cuda" and torch.cuda.is_current_stream_capturing()):
+            return
+        with self._lock:
+            self.latest = unit
+            wanted = work + (0 if unit in self.placed else unit.nbytes)
+            self._make_room(wanted, f"using the {unit.name}", using=unit)
+            if unit not in self.placed:
+                self.allowed = max(self.allowed, self._taken() + unit.nbytes)
+                self._place(unit)
+            self._wait(unit)
+
+    def expect(self, und: int, gen: int) -> None:
+        """Make room for a forward of so many tokens, whose inputs are made before it begins."""
+        with self._lock:
+            self._make_room(self.work(und, gen), f"computing {und + gen} tokens at once")
+
+    def make_room(self, wanted: int) -> None:
+        """Make room for so many bytes of something that will stay."""
+        with self._lock:
+            self._make_room(wanted, "keeping what was read")
+
+    def spare(self) -> int:
+        """Return the bytes that are free while the weights stay as they are."""
+        return self._room(0) - self._taken() + sum(slot.memory.nbytes for slot in self.free)
+
+    def holds(self, *, gen: bool) -> bool:
+        """Whether all that a forward of und tokens alone needs, or of both, is on the device to stay."""
+        units = {unit for experts in self.layers for unit in needs(experts, int(gen))}
+        return units <= self.stays and units <= self.placed.keys()
+
+    def release(self) -> None:
+        """Take all weights from the device that are not always there."""
+        with self._lock:
+            for unit in list(self.placed):
+                self._leave(unit)
+            self.order, self.stays = (), frozenset()
+            self._shrink(0)
+
+    # One forward ------------------------------------------------------------------------------------------------------
+
+    def _walk(self, layers: Sequence[nn.Module], und: int, gen: int) -> Generator[nn.Module]:
+        needed = [needs(experts, gen) for experts in self.layers]
+        self._begin(tuple(unit for units in needed for unit in units), und, gen)
+        for layer, units in zip(layers, needed, strict=True):
+            for unit in units:
+                if unit not in self.placed:
+                    self._place(unit)
+                self._wait(unit)
+            self._place_ahead()
+            yield layer
+            used_until = self.mover.now()
+            for unit in units:
+                self.reached += 1
+                self.placed[unit].used_until = used_until
+                if unit not in self.stays:
+                    self._leave(unit)
+            self._place_ahead()
+
+    def _begin(self, order: tuple[Unit, ...], und: int, gen: int) -> None:
+        """Choose what stays on the device for forwards of this order, and let go of the rest."""
+        self.reached, work = 0, self.work(und, gen)
+        if nbytes(order) > self._room(work) - nbytes(self._guests()):
+            for guest in self._guests():
+                if gen or guest is not self.latest:  # a text needs the head after every forward
+                    self._leave(guest)
+        room = self._room(work) - nbytes(self._guests())
+        spare = room - self.passing - nbytes(self.stays)
+        if order == self.order and spare >= 0 and (spare < GIB or len(self.stays) == len(order)):
+            return
+        found = chosen(order, room)
+        if found is None and self._guests():
+            for guest in self._guests():
+                self._leave(guest)
+            room = self._room(work)
+            found = chosen(order, room)
+        if found is None:
+            least = self.limit - room + passing(order, 2)
+            raise NotEnoughMemoryError(
+                f"{und + gen} tokens at once need {least / GIB:.1f} GiB on {self.device}, more than the limit of "
+                f"{self.limit / GIB:.1f} GiB: give more with memory=..., or ask for fewer or smaller images at a time"
+            )
+        self.order, (self.stays, self.passing) = order, found
+        kept = {*self.stays, *self.guests.values()}
+        for unit in [unit for unit in self.placed if unit not in kept]:
+            self._leave(unit)
+        self.allowed = nbytes(self.stays) + self.passing + nbytes(self._guests())
+        self._shrink(self.allowed)
+
+    def _place_ahead(self) -> None:
+        """Begin to copy the weights that are needed next, as far as there are slots."""
+        for ahead in range(len(self.order)):
+            unit = self.order[(self.reached + ahead) % len(self.order)]
+            if unit not in self.placed:
+                slot = self._find_slot(unit)
+                if slot is None:
+                    return
+                self._place(unit, slot)
+
+    # Memory -----------------------------------------------------------------------------------------------------------
+
+    def _room(self, work: int) -> int:
+        """Return the bytes that weights may take beside those that are always there."""
+        return self.limit - self.fixed - self._others() - work - self.slack
+
+    def _others(self) -> int:
+        """Return the bytes taken by whatever else is on the device: caches, what the caller holds."""
+        if self.device.type != "cuda":
+            return 0
+        weights = sum(supply.fixed + supply._taken() for supply in _supplies if supply.device == self.device)
+        return max(torch.cuda.memory_allocated(self.device) - weights, 0)
+
+    def _guests(self) -> list[Unit]:
+        return [unit for unit in self.guests.values() if unit in self.placed]
+
+    def _taken(self) -> int:
+        """Return the bytes of all slots."""
+        return sum(slot.memory.nbytes for slot in (*self.free, *(placed.slot for placed in self.placed.values())))
+
+    def _shrink(self, allowed: int) -> None:
+        """Give up free slots until all take no more than is allowed."""
+        before = len(self.free)
+        while self.free and self._taken() > allowed:
+            self.free.pop(0)
+        if len(self.free) < before and self.device.type == "cuda":
+            torch.cuda.empty_cache()  # or something small would take a slot's memory, which no slot could have again
+
+    def _make_room(self, wanted: int, doing: str, using: Unit | None = None) -> None:
+        """Let go of weights until so many bytes are free."""
+        room = self._room(wanted)
+        self._shrink(room)
+        for guest in self._guests():
+            if self._taken() > room and guest is not using:
+                self._leave(guest)
+                self._shrink(room)
+        for unit in reversed(self.order):
+            if self._taken() <= room:
+                break
+            if unit in self.placed:
+                self._leave(unit)
+                self.order = ()  # what stays is to be chosen anew
+                self._shrink(room)
+        if self._taken() > room:
+            least = self.limit - room + self._taken()
+            raise NotEnoughMemoryError(
+                f"{doing} needs {least / GIB:.1f} GiB on {self.device}, more than the limit of "
+                f"{self.limit / GIB:.1f} GiB: give more with memory=..., or ask for fewer or smaller images at a time"
+            )
+
+    def _find_slot(self, unit: Unit) -> Slot | None:
+        """Return a slot for a unit: a free one of its size, or a new one where that is allowed; None otherwise."""
+        for slot in self.free:
+            if slot.memory.nbytes == unit.nbytes:
+                self.free.remove(slot)
+                return slot
+        self._shrink(self.allowed - unit.nbytes)
+        return self._new_slot(unit.nbytes) if self._taken() + unit.nbytes <= self.allowed else None
+
+    def _place(self, unit: Unit, slot: Slot | None = None) -> None:
+        """Begin to copy a unit to the device and let its modules use it there."""
+        slot = slot or self._find_slot(unit) or self._new_slot(unit.nbytes)
+        self.placed[unit] = Placed(slot, self.mover.start(unit.fill, slot.memory, slot.free_from))
+        unit.place(slot.memory)
+
+    def _wait(self, unit: Unit) -> None:
+        """Wait until a unit's values are there; whatever goes wrong in reading them, nothing half read is kept."""
+        try:
+            self.mover.wait(self.placed[unit].ready_from)
+        except BaseException:
+            for other in self.placed:
+                other.place(None)
+            self.placed.clear()
+            self.order, self.stays = (), frozenset()
+            self.moves += 1
+            raise
+
+    def _new_slot(self, nbytes: int) -> Slot:
+        with torch.inference_mode(False):
+            memory = torch.empty(nbytes, dtype=torch.uint8, device=self.device)
+        return Slot(memory, self.mover.now())
+
+    def _leave(self, unit: Unit) -> None:
+        """Let a unit's modules use what is on the host again; its slot is free as soon as all work with it is done."""
+        placed = self.placed.pop(unit, None)
+        if placed is None:
+            return
+        self.mover.wait(placed.ready_from)
+        unit.place(None)
+        self.moves += 1
+        self.free.append(Slot(placed.slot.memory, placed.used_until or self.mover.now()))
+
+
+def needs(experts: Experts, gen: int) -> tuple[Unit, ...]:
+    """Return what a layer needs: the gen expert is not asked where it has no tokens."""
+    und_unit, gen_unit = experts
+    if not gen or gen_unit is None:
+        return (und_unit,)
+    return (und_unit, gen_unit)  # there are und tokens around every image
+
+
+def nbytes(units: Iterable[Unit]) -> int:
+    """Return the bytes that units take."""
+    return sum(unit.nbytes for unit in units)
+
+
+def passing(order: Sequence[Unit], slots: int = AHEAD) -> int:
+    """Return the bytes of the slots that weights of this order pass through."""
+    return sum(sorted((unit.nbytes for unit in order), reverse=True)[:slots])
+
+
+def chosen(order: Sequence[Unit], room: int) -> tuple[frozenset[Unit], int] | None:
+    """Return which units of an order stay within so many bytes, and the bytes of slots for the others.
+
+    Those that stay are spread evenly. None where not even two slots fit.
+    """
+    total = nbytes(order)
+    if total <= room:
+        return frozenset(order), 0
+    slots = next((slots for slots in range(AHEAD, 1, -1) if passing(order, slots) <= room), None)
+    if slots is None:
+        return None
+    share = (room - passing(order, slots)) / total
+    stays, kept, seen = set(), 0, 0
+    for unit in order:
+        seen += unit.nbytes
+        if kept + unit.nbytes <= seen * share:
+            stays.add(unit)
+            kept += unit.nbytes
+    return frozenset(stays), passing(order, slots)
+
+
+_supplies: WeakSet[Supply] = WeakSet()

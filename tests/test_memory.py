@@ -163,6 +163,17 @@ def test_too_small_a_limit_is_one_sentence_and_can_be_raised():
     assert same(results(pipe), results(load_pipeline("tiny")))
 
 
+def test_room_is_made_more_than_once_before_a_forward():
+    pipe = limited("tiny", 0.6)
+    pipe.understand([], "What?", max_new_tokens=2, progress=False)
+    supply = pipe.model.decoder.supply
+    free = supply.limit - supply.fixed - supply._taken()
+    for share in (1, 2, 3):  # as for the caches of two branches, then for what is denoised
+        supply.make_room(free + share * supply.layers[0][0].nbytes)
+    assert supply._taken() <= supply.limit - supply.fixed - free - 3 * supply.layers[0][0].nbytes
+    assert same(results(pipe), results(load_pipeline("tiny")))
+
+
 def test_calling_the_model_from_within_itself_is_refused():
     pipe = limited("tiny", 0.2)
     decoder = pipe.model.decoder

@@ -252,10 +252,10 @@ class Supply:
             if self._taken() > room and guest is not using:
                 self._leave(guest)
                 self._shrink(room)
-        for unit in reversed(self.order):
+        for unit in sorted(self.placed, key=lambda unit: unit in self.stays):
             if self._taken() <= room:
                 break
-            if unit in self.placed:
+            if unit is not using:
                 self._leave(unit)
                 self.order = ()  # what stays is to be chosen anew
                 self._shrink(room)

@@ -150,13 +150,9 @@ class BagelPipeline:
     @property
     def placement(self) -> str:
         """A sentence about where the weights are, and what it costs if they do not all stay on the device."""
-        supply = self.model.decoder.supply
-        if supply is None:
-            return f"all weights stay on {self.device}"
-        from bagel.memory.plan import Planner
+        from bagel.memory.plan import describe
 
-        planner = Planner(self.model, self.vae, host_table=self.device.type == "cuda")
-        return planner.plan(supply.limit).sentence()
+        return describe(self.model, self.vae)
 
     def __repr__(self) -> str:
         model, vae = self.model, self.vae
@@ -241,6 +237,7 @@ class BagelPipeline:
             CheckpointError: files in the way, a full disk.
         """
         from bagel.checkpoint import save_checkpoint
+        from bagel.memory.placement import take_home
         from bagel.modeling.linear import is_exact
 
         if not is_exact(self.model):
@@ -248,10 +245,7 @@ class BagelPipeline:
                 "this model is quantised and cannot be exported: `bagel convert` writes compressed checkpoints from "
                 "the one that was loaded"
             )
-        if self.model.decoder.supply is not None:
-            self.model.decoder.supply.release()
-            if any(parameter.is_meta for parameter in self.model.parameters()):
-                raise ValueError("this model reads its weights from its files: copy those, or use `bagel convert`")
+        take_home(self.model)
         model, vae = self.model, self.vae
         save_checkpoint(
             folder, model, vae, model.config, self.tokenizer, max_shard_bytes=max_shard_bytes, overwrite=overwrite

@@ -137,6 +137,18 @@ def place(
     return supply
 
 
+def take_home(model: Bagel) -> None:
+    """Have all weights of a model where they are kept, so that they can be exported.
+
+    Raises:
+        ValueError: some are kept in files alone.
+    """
+    if model.decoder.supply is not None:
+        model.decoder.supply.release()
+        if any(parameter.is_meta for parameter in model.parameters()):
+            raise ValueError("this model reads its weights from its files: copy those, or use `bagel convert`")
+
+
 def watch(supply: Supply, model: Bagel, vae: Autoencoder | None) -> None:
     """Have the vision encoder and the autoencoder brought whenever they are called."""
     if hasattr(model, "vit"):

@@ -129,6 +129,14 @@ class Planner:
         return None if found is None else (found[0] + head, found[1])
 
 
+def describe(model: Bagel, vae: Autoencoder | None) -> str:
+    """Return a sentence about where the weights of a loaded model are, and what it costs if they do not all stay."""
+    supply = model.decoder.supply
+    if supply is None:
+        return f"all weights stay on {model.device}"
+    return Planner(model, vae, host_table=model.device.type == "cuda").plan(supply.limit).sentence()
+
+
 def _split(order: Sequence, room: int) -> tuple[int, int] | None:
     found = chosen(order, room)
     return None if found is None else (nbytes(found[0]), nbytes(order) - nbytes(found[0]))

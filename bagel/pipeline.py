@@ -7,12 +7,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from PIL import Image
 
 from bagel.checkpoint.load import Convert
 from bagel.generation.contexts import working
 from bagel.generation.drawing import draw_all
-from bagel.generation.reading import check_inputs, check_texts, read_all, with_images
+from bagel.generation.reading import check_inputs, check_texts, read_all, task_of, with_images
 from bagel.generation.session import Session
 from bagel.generation.writing import stream, write_all
 from bagel.modeling import Attention, Bagel
@@ -26,7 +25,6 @@ from bagel.options import (
     make_options,
     one_by_one,
 )
-from bagel.parameters import described
 from bagel.processor import Processor
 from bagel.results import ImageResult, TextResult
 from bagel.sampling import branch_names
@@ -385,20 +383,7 @@ class BagelPipeline:
         *,
         single: bool = False,
     ) -> Any:
-        if isinstance(batch, str | bytes) or not isinstance(batch, Sequence):
-            raise TypeError(f"the batch must be a list of lists of inputs, got {described(batch)}")
-        if output not in ("text", "image"):
-            raise ValueError(f'output must be "text" or "image", got {output!r}')
-        for inputs in batch:
-            check_inputs(inputs)
-        shown = [any(isinstance(piece, Image.Image) for piece in inputs) for inputs in batch]
-        if output == "image" and any(shown) and not all(shown):
-            raise ValueError(
-                "a batch shares its guidance, whose defaults differ between drawing and editing: "
-                "draw requests with and without images in separate calls"
-            )
-        task = "understand" if output == "text" else "edit" if any(shown) else "text_to_image"
-        return self._run(batch, task, preset, options, single=single)
+        return self._run(batch, task_of(batch, output), preset, options, single=single)
 
     @takes("understand", Stream, Iterator[str])
     def stream(self, inputs, *, preset=None, **options):

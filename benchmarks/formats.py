@@ -16,12 +16,12 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+from bagel.modeling.stored.quantize import FORMATS, quantize
 from torch import nn
 
 from bagel import BagelPipeline
 from bagel.memory.placement import weight_bytes
 from bagel.modeling.stored.dfloat11 import DFloat11Linear
-from bagel.modeling.stored.quantize import FORMATS, quantize
 from benchmarks.jobs import PROMPT
 from benchmarks.weights import random_pipeline
 

@@ -173,6 +173,28 @@ def check_inputs(inputs: Any) -> None:
             raise TypeError(f"an input must be a text or a PIL image, got {described(piece)}{opened(piece)}")
 
 
+def task_of(batch: Any, output: Any) -> str:
+    """Return the task of requests of any inputs: what they share their options with.
+
+    Raises:
+        TypeError: the batch is no list of lists of texts and PIL images.
+        ValueError: an unknown output, an empty list of inputs, or a batch that would need options of two tasks.
+    """
+    if isinstance(batch, str | bytes) or not isinstance(batch, Sequence):
+        raise TypeError(f"the batch must be a list of lists of inputs, got {described(batch)}")
+    if output not in ("text", "image"):
+        raise ValueError(f'output must be "text" or "image", got {output!r}')
+    for inputs in batch:
+        check_inputs(inputs)
+    shown = [any(isinstance(piece, Image.Image) for piece in inputs) for inputs in batch]
+    if output == "image" and any(shown) and not all(shown):
+        raise ValueError(
+            "a batch shares its guidance, whose defaults differ between drawing and editing: "
+            "draw requests with and without images in separate calls"
+        )
+    return "understand" if output == "text" else "edit" if any(shown) else "text_to_image"
+
+
 def check_texts(name: str, texts: Any) -> bool:
     """Check that an argument is a text or a list of texts and return whether it is a single one.
 

@@ -20,7 +20,7 @@ from bagel.kernels import functions, rotate, silu_mul
 from bagel.modeling.float8 import quantize_linears
 from bagel.modeling.linear import Linear, apply
 from bagel.modeling.mot import Expert
-from bagel.vae import ResidualBlock
+from bagel.vae.autoencoder import ResidualBlock
 
 
 def rms_norm(x, weight, *, eps):

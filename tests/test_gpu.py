@@ -28,7 +28,7 @@ from bagel.modeling.mot import Expert
 from bagel.options import THINK_GENERATE, SessionOptions, VelocityOptions
 from bagel.parameters import options_of
 from bagel.sampling import Euler, TextSampling, flow_timesteps, integrate
-from bagel.vae import ResidualBlock, group_norm
+from bagel.vae.autoencoder import ResidualBlock, group_norm
 from benchmarks.weights import filled
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")]

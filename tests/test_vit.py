@@ -13,7 +13,7 @@ from torch import Tensor
 
 from bagel.config import ViTConfig
 from bagel.modeling.attention import SDPA, Reference
-from bagel.vit import SiglipViT, rotary_table, rotate
+from bagel.vit.siglip import SiglipViT, rotary_table, rotate
 
 SMALL = ViTConfig(
     hidden_size=24, intermediate_size=40, num_hidden_layers=4, num_attention_heads=3, image_size=35, patch_size=5

@@ -17,13 +17,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from bagel.modeling.stored.quantize import FORMATS, quantize
 
 from bagel import BagelPipeline
 from bagel.demo import CHECKPOINT
 from bagel.evaluation.evaluate import evaluate
 from bagel.evaluation.table import Row
 from bagel.modeling.linear import Linear
+from bagel.modeling.stored.quantize import FORMATS, quantize
 
 COLUMNS = {
     "draw: one object, everything stated": "one object",

@@ -20,9 +20,11 @@ from bagel.formats import dfloat11
 from bagel.modeling.float8 import Float8Linear
 from bagel.modeling.linear import Linear, is_exact
 from bagel.modeling.stored.dfloat11 import DFloat11Linear
+from bagel.modeling.stored.nf4 import NF4Linear
 from bagel.modeling.stored.scaled import ScaledLinear
 
 UP = "language_model.model.layers.1.mlp.up_proj.weight"
+STATE = ".quant_state.bitsandbytes__nf4"
 TABLES = ("embed_tokens.weight", "position_embedding.weight")
 E4M3, E5M2 = torch.float8_e4m3fn, torch.float8_e5m2
 
@@ -404,3 +406,73 @@ def test_damaged_llm_int8_is_named(tmp_path, change, says):
     message = error_of(weights(tmp_path / "c", bnb_int8()[0] | change))
     assert says in message
     assert UP in message
+
+
+def bnb_four_bits(functional, *, nested: bool, kind: str = "nf4", layers_only: bool = True):
+    """Matrices quantised by bitsandbytes itself, and what they mean by their own layout."""
+    found, meant = {}, {}
+    for key, tensor in weights_of().items():
+        found[key], meant[key] = tensor, tensor.float()
+        linear = tensor.ndim == 2 and key.endswith(".weight") and not key.endswith(TABLES)
+        if is_matrix(key) if layers_only else linear:
+            codes, state = functional.quantize_4bit(tensor, quant_type=kind, blocksize=64, compress_statistics=nested)
+            found[key] = codes
+            found |= {f"{key}.{name}": value for name, value in state.as_dict(packed=True).items()}
+            absmax = state.absmax
+            if nested:
+                table, most = state.state2.code, state.state2.absmax.repeat_interleave(256)
+                absmax = table[absmax.long()] * most[: absmax.numel()] + state.offset
+            pairs = torch.stack([codes.flatten() >> 4, codes.flatten() & 15], dim=1).flatten().long()
+            values = state.code[pairs][: tensor.numel()] * absmax.repeat_interleave(64)[: tensor.numel()]
+            meant[key] = values.view(tensor.shape)
+    return found, meant
+
+
+@pytest.mark.parametrize("nested", [False, True])
+@pytest.mark.parametrize("kind", ["nf4", "fp4"])
+@pytest.mark.parametrize("layers_only", [False, True])
+def test_four_bits_of_bitsandbytes(tmp_path, nested, kind, layers_only):
+    functional = pytest.importorskip("bitsandbytes.functional")
+    found, meant = bnb_four_bits(functional, nested=nested, kind=kind, layers_only=layers_only)
+    folder = weights(tmp_path / "c", found, name="model.safetensors")
+    kept = assert_holds(folder, meant)
+    layers = [module for module in kept.modules() if isinstance(module, NF4Linear)]
+    # Where magnitudes are quantised, too, queries, keys and values remain three layers, and gates and values two.
+    assert len(layers) >= (6 * (3 + 1 + 2 + 1) if nested else 6 * 4)
+    assert Checkpoint.open(folder).weights.format == kind
+    assert kind.upper() in inspect_checkpoint(folder)
+
+
+@pytest.mark.parametrize(
+    ("end", "change", "says"),
+    [
+        ("", lambda t: t[:-1], "elements where a weight of shape"),
+        (".absmax", lambda t: t[:-1], "elements where a weight of shape"),
+        (".absmax", lambda t: t * math.nan, "NaN or infinite as float32 (stored as NF4)"),
+        (STATE, lambda t: t[:-1], "describes language_model"),
+        (STATE, lambda t: described(json.loads(bytes(t.tolist())) | {"blocksize": 128}), "only blocks of 64"),
+        (STATE, lambda t: described(json.loads(bytes(t.tolist())) | {"shape": [64, 64]}), "shape 64x64, wanted 128x64"),
+        (".absmax", None, "absmax should be"),
+        (STATE, None, "which the model does not know"),
+    ],
+)
+def test_damaged_four_bits_are_named(tmp_path, end, change, says):
+    functional = pytest.importorskip("bitsandbytes.functional")
+    found, _ = bnb_four_bits(functional, nested=False)
+    old = found.pop(UP + end)
+    if change is not None:
+        found[UP + end] = change(old)
+    message = error_of(weights(tmp_path / "c", found))
+    assert says in message
+    assert UP in message
+
+
+def test_shards_of_one_weight_may_be_apart(tmp_path):
+    functional = pytest.importorskip("bitsandbytes.functional")
+    found, meant = bnb_four_bits(functional, nested=True)
+    folder = make_folder(tmp_path / "c", name=None)
+    names = {key: f"model-0000{1 + number % 2}-of-00002.safetensors" for number, key in enumerate(sorted(found))}
+    for name in set(names.values()):
+        save_file({key: found[key].contiguous() for key in found if names[key] == name}, folder / name)
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": names}))
+    assert_holds(folder, meant)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -10,11 +11,12 @@ from torch import Tensor, nn
 
 from bagel.checkpoint.sources import dfloat11 as units
 from bagel.checkpoint.sources import gguf as gguf_source
-from bagel.formats import fp8, gguf, int8
+from bagel.formats import fp8, gguf, int8, nf4
 from bagel.modeling.float8 import CAPABILITY, Float8Linear
 from bagel.modeling.linear import Linear
 from bagel.modeling.stored.dfloat11 import DFloat11Linear
 from bagel.modeling.stored.gguf import GGUFLinear
+from bagel.modeling.stored.nf4 import FP4Linear, NF4DoubleLinear, NF4Linear
 from bagel.modeling.stored.scaled import ScaledLinear
 from bagel.modeling.stored.stacked import StackedLinear
 
@@ -42,6 +44,8 @@ def is_finite(part: Any) -> Tensor:
             return fp8.is_finite(part)
         case int8.Integers():
             return part.scale.isfinite().all()
+        case nf4.Blocks():
+            return nf4.dequantize_absmax(part.absmax).isfinite().all()
         case units.UnitRange():
             return torch.tensor(True)  # exponents that mean infinite or NaN have no code
     return torch.isfinite(part).all()
@@ -56,6 +60,10 @@ def _layer(part: Any, bias: nn.Parameter | None, device: torch.device) -> nn.Mod
         case int8.Integers():
             # Inputs are not rounded: those of a trained model have channels that a scale per token would round away.
             return ScaledLinear(fp8.Scaled(part.values.to(device), part.scale.to(device)), bias)
+        case nf4.Blocks():
+            nested = isinstance(part.absmax, nf4.Nested)
+            kind = FP4Linear if part.kind == "fp4" else NF4DoubleLinear if nested else NF4Linear
+            return kind(part, bias).to(device)
         case units.UnitRange():
             return DFloat11Linear(part.opened.piece(part.names), part.shape[0], bias).to(device)
     layer = Linear(part.shape[1], part.shape[0], bias=False, device="meta")
@@ -88,9 +96,23 @@ def _join(parts: Sequence[Any]) -> Any:
             return _join_scaled(parts)
         case int8.Integers():
             return int8.Integers(*(torch.cat(both) for both in zip(*parts, strict=True)))
+        case nf4.Blocks():
+            return _join_blocks(parts)
         case units.UnitRange():
             return units.join(parts)
     return torch.cat(list(parts))
+
+
+def _join_blocks(parts: Sequence[nf4.Blocks]) -> nf4.Blocks | None:
+    """Return weights in 4 bits as one, if each is whole blocks and none of their magnitudes is quantised itself."""
+    first = parts[0]
+    whole = all(math.prod(part.shape) % nf4.BLOCK == 0 for part in parts[:-1])
+    alike = all(part.kind == first.kind and torch.equal(part.codebook, first.codebook) for part in parts)
+    absmax = [part.absmax for part in parts if isinstance(part.absmax, Tensor)]
+    if not whole or not alike or len(absmax) < len(parts):
+        return None
+    shape = (sum(part.shape[0] for part in parts), first.shape[1])
+    return first._replace(codes=torch.cat([part.codes for part in parts]), absmax=torch.cat(absmax), shape=shape)
 
 
 def _join_scaled(parts: Sequence[fp8.Scaled]) -> fp8.Scaled | None:

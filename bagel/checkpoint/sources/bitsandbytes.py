@@ -91,4 +91,4 @@ def _four_bits(
     parts = (f"{name}.absmax", f"{name}.quant_map", *(name + end for end in NESTED))
     keys = (name, described, *(part for part in parts if part in entries))
     size = sum(entries[part].nbytes for part in keys)
-    return FourBits(keys, kind, TensorEntry(entry.file, shape, dtype, kind.upper(), size), keeps=False)
+    return FourBits(keys, kind, TensorEntry(entry.file, shape, dtype, kind.upper(), size), keeps=len(shape) == 2)

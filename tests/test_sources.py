@@ -22,6 +22,7 @@ from bagel.modeling.linear import Linear, is_exact
 from bagel.modeling.stored.dfloat11 import DFloat11Linear
 from bagel.modeling.stored.nf4 import NF4Linear
 from bagel.modeling.stored.scaled import ScaledLinear
+from bagel.modeling.stored.stacked import StackedLinear
 
 UP = "language_model.model.layers.1.mlp.up_proj.weight"
 STATE = ".quant_state.bitsandbytes__nf4"
@@ -140,6 +141,23 @@ def test_comfy_int8_in_blocks(tmp_path):
             wide = scale.repeat_interleave(128, 0).repeat_interleave(128, 1)
             meant[key] = found[key].float() * wide[: tensor.shape[0], : tensor.shape[1]]
     assert_holds(weights(tmp_path / "c", found | extra), meant)
+
+
+def test_parts_that_are_not_compressed_stand_beside_those_that_are(tmp_path):
+    found, scales, meant = scaled()
+    plain = weights_of()
+    for key in scales:
+        if "q_proj" not in key and "up_proj" not in key:
+            found[key], meant[key] = plain[key], plain[key]
+    tensors = found | {f"{named(key)}.weight_scale": s for key, s in scales.items() if found[key].dtype == E4M3}
+    kept = assert_holds(weights(tmp_path / "c", tensors), meant)
+    stacked = [module for module in kept.modules() if isinstance(module, StackedLinear)]
+    kinds = {tuple(type(part) for part in module.parts) for module in stacked}
+    assert kinds == {(Float8Linear, Linear, Linear), (Linear, Float8Linear)}
+    x = torch.randn(4, 64, generator=torch.Generator().manual_seed(0))
+    for module in stacked:
+        wanted = torch.nn.functional.linear(x, module.dense(), module.bias)
+        assert (module(x) - wanted).norm() < 0.04 * wanted.norm()  # inputs are rounded to 8 bits: 0.024
 
 
 @pytest.mark.parametrize(

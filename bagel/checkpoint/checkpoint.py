@@ -126,7 +126,7 @@ class Checkpoint:
 
         Linear layers whose weights are compressed stay so, and are expanded only while they multiply: the model then
         takes on the device what it takes on the disk. Beyond the weights' destination this takes less than 1 GiB of
-        host memory. The sin-cos tables keep the dtype they are stored in.
+        host memory, of DFloat11 less than 2 GiB. The sin-cos tables keep the dtype they are stored in.
 
         Args:
             model: `Bagel(checkpoint.config)` built under `torch.device("meta")`.

@@ -27,8 +27,8 @@ from bagel.demo import CHECKPOINT
 
 ROOT = Path(__file__).parent.parent
 LOSSY = [name for name in NAMES if name not in ("dfloat11", "bf16", "gguf-bf16")]
-ERRORS = {"nf4": 0.12, "int8": 0.011, "float8": 0.04, "gguf-q8_0": 0.009, "gguf-q5_0": 0.06, "gguf-q4_0": 0.12}
-"""Relative error of a matrix of normal values; measured: 0.094, 0.0075, 0.026, 0.0058, 0.044, 0.088."""
+ERRORS = {"nf4": 0.12, "int8": 0.009, "float8": 0.035, "gguf-q8_0": 0.008, "gguf-q5_0": 0.06, "gguf-q4_0": 0.12}
+"""Relative error of a matrix, at most; measured: 0.096, 0.0066, 0.028, 0.0056, 0.045, 0.090."""
 
 
 @pytest.mark.parametrize("to", NAMES)
@@ -393,6 +393,7 @@ def test_a_compressed_model_answers_and_draws(tmp_path, to):
     prompt = "a large red circle in the center on a white background"
     drawn, wanted = (pipe.text_to_image(prompt, **options) for pipe in (small, plain))
     error = (drawn.latents - wanted.latents).norm() / wanted.latents.norm()
-    assert error < {"dfloat11": 1e-4, "nf4": 0.6}.get(to, 0.2)
+    # Measured: 0, 0.136, 0.011, 0.056, 0.007.
+    assert error <= {"dfloat11": 0, "nf4": 0.2, "int8": 0.02, "float8": 0.1, "gguf-q8_0": 0.012}[to]
     question = "what color is the circle?"
     assert small.understand(wanted.image, question).text == plain.understand(wanted.image, question).text == "red"

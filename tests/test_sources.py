@@ -157,7 +157,7 @@ def test_parts_that_are_not_compressed_stand_beside_those_that_are(tmp_path):
     x = torch.randn(4, 64, generator=torch.Generator().manual_seed(0))
     for module in stacked:
         wanted = torch.nn.functional.linear(x, module.dense(), module.bias)
-        assert (module(x) - wanted).norm() < 0.04 * wanted.norm()  # inputs are rounded to 8 bits: 0.024
+        assert (module(x) - wanted).norm() < 0.04 * wanted.norm()  # inputs are rounded to 8 bits: 0.018
 
 
 @pytest.mark.parametrize(

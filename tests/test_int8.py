@@ -324,3 +324,35 @@ def test_kernels_round_as_torch_does(monkeypatch, dtype, size):
         assert off.float().mean() < (0.05 if dtype == torch.float16 else 0.001), name
     if size > 1:
         torch.testing.assert_close(triton_int8.turn_rows(x, size), turn(x, size), rtol=2e-3, atol=2e-3)
+
+
+def one_token(width: int, device: str) -> tuple[torch.Tensor, torch.Tensor]:
+    """A token and a weight of all 8-bit integers, whose products float32 adds up exactly, in any order."""
+    generator = torch.Generator().manual_seed(0)
+    x, weight = (torch.randint(low, 128, (rows, width), generator=generator) for low, rows in ((-3, 1), (-128, 7)))
+    weight[2, :256] = torch.arange(-128, 128)
+    return x.clamp_(max=3).float().to(device), weight.to(device, torch.int8)
+
+
+def check_one_token(width: int, device: str) -> None:
+    from bagel.kernels.triton_vectors import matrix_times_vector
+
+    x, weight = one_token(width, device)
+    plain = x @ weight.float().T
+    assert torch.equal(matrix_times_vector(x, weight), plain)
+    scale, bias, plus = (torch.rand(shape).to(device) for shape in ((7, 1), (7,), (1, 7)))
+    found = matrix_times_vector(x, weight, scale, bias, plus)
+    torch.testing.assert_close(found, plain * scale.T + bias + plus)
+
+
+@interpreted
+@pytest.mark.parametrize("width", [256, 1100, 8256])
+def test_one_token_is_multiplied_by_every_integer(width):
+    check_one_token(width, "cpu")
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+@pytest.mark.parametrize("width", [256, 1100, 8256])
+def test_one_token_is_multiplied_by_every_integer_on_a_gpu(width):
+    check_one_token(width, "cuda")

@@ -50,6 +50,7 @@ def matrix_times_vector(
         SOME=some,
         BLOCK=block,
         NARROW=narrow,
+        BYTES=weight.dtype == torch.int8 and x.is_cuda and torch.version.cuda is not None,
         SCALED=scale is not None,
         BIASED=bias is not None,
         ADDS=plus is not None,
@@ -62,17 +63,18 @@ def matrix_times_vector(
 @triton.jit
 def _matrix_times_vector(
     x, weight, scale, bias, plus, out, rows, WIDTH: tl.constexpr, SOME: tl.constexpr, BLOCK: tl.constexpr,
-    NARROW: tl.constexpr, SCALED: tl.constexpr, BIASED: tl.constexpr, ADDS: tl.constexpr, EARLY: tl.constexpr,
+    NARROW: tl.constexpr, BYTES: tl.constexpr, SCALED: tl.constexpr, BIASED: tl.constexpr, ADDS: tl.constexpr,
+    EARLY: tl.constexpr,
 ):  # fmt: skip
     row = (tl.program_id(0) * SOME + tl.arange(0, SOME)).to(tl.int64)
     sums = tl.zeros((SOME, BLOCK), dtype=tl.float32)
     wait(EARLY)
     if NARROW:
         for part in tl.static_range((WIDTH + BLOCK - 1) // BLOCK):
-            sums += _products(x, weight, row, rows, part * BLOCK + tl.arange(0, BLOCK), WIDTH)
+            sums += _products(x, weight, row, rows, part * BLOCK + tl.arange(0, BLOCK), WIDTH, BYTES)
     else:
         for start in range(0, WIDTH, BLOCK):
-            sums += _products(x, weight, row, rows, start + tl.arange(0, BLOCK), WIDTH)
+            sums += _products(x, weight, row, rows, start + tl.arange(0, BLOCK), WIDTH, BYTES)
     total = tl.sum(sums, axis=1)
     if SCALED:
         total *= tl.load(scale + row, mask=row < rows, other=0.0)
@@ -85,11 +87,29 @@ def _matrix_times_vector(
 
 
 @triton.jit
-def _products(x, weight, row, rows, column, WIDTH: tl.constexpr):
+def _products(x, weight, row, rows, column, WIDTH: tl.constexpr, BYTES: tl.constexpr):
     inside = column < WIDTH
     here = (row < rows)[:, None] & inside[None, :]
-    some = tl.load(weight + row[:, None] * WIDTH + column[None, :], mask=here, other=0.0).to(tl.float32)
+    some = _in_float32(tl.load(weight + row[:, None] * WIDTH + column[None, :], mask=here, other=0.0), BYTES)
     return some * tl.load(x + column, mask=inside, other=0.0).to(tl.float32)[None, :]
+
+
+@triton.jit
+def _in_float32(some, BYTES: tl.constexpr):
+    """Return values in float32; GPUs convert few integers at once, so an int8 n becomes the float 2^23 + 128 + n."""
+    if not BYTES:
+        return some.to(tl.float32)
+    floats = tl.inline_asm_elementwise(
+        "{ .reg .b32 raised; xor.b32 raised, $4, 0x80808080; prmt.b32 $0, raised, 0x4B000000, 0x7440; "
+        "prmt.b32 $1, raised, 0x4B000000, 0x7441; prmt.b32 $2, raised, 0x4B000000, 0x7442; "
+        "prmt.b32 $3, raised, 0x4B000000, 0x7443; }",
+        "=f,=f,=f,=f,r",
+        [some],
+        dtype=tl.float32,
+        is_pure=True,
+        pack=4,
+    )
+    return floats - 8388736.0
 
 
 def attend_appended(q: Tensor, k: Tensor, v: Tensor, keys: Tensor, values: Tensor, lengths: Tensor) -> Tensor:

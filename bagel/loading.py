@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from bagel.memory.placement import left_in_files, place
 from bagel.memory.plan import parse_bytes
 from bagel.memory.work import Request, Work
 from bagel.modeling import Bagel
+from bagel.modeling.stored.quantize import EXPERTS, converter, saved_bytes
 from bagel.tokenizer import Tokenizer
 from bagel.vae import Autoencoder
 
@@ -40,6 +42,8 @@ def load_parts(
     progress: bool = True,
     memory: str | int | None = None,
     expand: bool = False,
+    quantize: str | None = None,
+    quantize_parts: Sequence[str] = EXPERTS,
     convert: Convert | None = None,
 ) -> tuple[Bagel, Autoencoder | None, Tokenizer]:
     """Return model, autoencoder and tokenizer of a folder or Hub id; arguments as `BagelPipeline.from_pretrained`."""
@@ -66,10 +70,15 @@ def load_parts(
         way_out="`bagel inspect` says what fits; use dtype=torch.bfloat16, visual_gen=False if you only ask questions, "
         "or a machine with more memory",
     ):
+        needed = checkpoint.nbytes(dtype, vae_dtype, expand=expand)
+        if quantize is not None:
+            if convert is not None:
+                raise ValueError("give quantize or convert, not both")
+            convert = converter(quantize, parts=quantize_parts, layers=len(model.decoder.layers))
+            needed -= saved_bytes(model, dtype, quantize, quantize_parts)
         types = {"dtype": dtype, "vae_dtype": vae_dtype, "expand": expand, "convert": convert}
         if limit is None and (free := free_bytes(device)) is not None:
             limit = free - (OUTSIDE if device.type == "cuda" else 0)
-        needed = checkpoint.nbytes(dtype, vae_dtype, expand=expand)
         if limit is None or needed + Work(checkpoint.config, dtype).drawing(Request()) <= limit:
             checkpoint.load(model, vae, device=device, **types)
         else:
@@ -90,6 +99,8 @@ def _load_within(
 
     A CPU never holds more than its limit; beside a GPU the host keeps all weights if it can.
     """
+    if (convert := types["convert"]) is not None:  # where it is fast; the result goes where it is kept
+        types = types | {"convert": lambda name, linear: convert(name, linear.to(device)).to("cpu")}
     on_host = device.type != "cpu" and needed + HOST_SPARE <= host_free_bytes()
     leave = [] if on_host else sorted(left_in_files(model, types["dtype"]))
     checkpoint.load(model, vae, device="cpu", leave=leave, **types)

@@ -62,9 +62,7 @@ class BagelPipeline:
     ) -> None:
         if attention is not None:
             model.attention = attention_of(attention, device=model.device, dtype=model.dtype)
-        if (
-            vae is not None and model.device.type == "cuda" and model.decoder.supply is None
-        ):  # laid out as the GPU's convolutions like it
+        if vae is not None and model.device.type == "cuda" and model.decoder.supply is None:  # as its convolutions like
             vae.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
         self.model, self.vae = model, vae
         self.processor = Processor(model.config, tokenizer)
@@ -88,6 +86,8 @@ class BagelPipeline:
         verify: bool = False,
         progress: bool = True,
         expand: bool = False,
+        quantize: str | None = None,
+        quantize_parts: Sequence[str] = ("gen", "und"),
         convert: Convert | None = None,
     ) -> BagelPipeline:
         """Load a checkpoint in the official layout, or one whose weights are compressed (they stay so).
@@ -110,6 +110,9 @@ class BagelPipeline:
             verify: first read every file that the source's SHA256SUMS lists and compare its checksum.
             progress: show download bars.
             expand: decode compressed weights into `dtype`, for speed where there is the memory.
+            quantize: store weights in fewer bits while they are loaded, an approximation: "float8", "int8", "nf4",
+                "nf4-double" or "fp4"; see `bagel.modeling.stored.quantize`.
+            quantize_parts: of what: "gen" and "und" experts, "lm_head", "vit", or "all".
             convert: called as `convert(name, linear)` for every dense linear layer when it was filled; what it returns
                 takes the layer's place.
 
@@ -118,7 +121,7 @@ class BagelPipeline:
                 missing or differ.
             TokenizerError: what is wrong with the tokenizer's files.
             NotEnoughMemoryError: the weights do not fit.
-            ValueError: a device that is not there, an unknown dtype or attention.
+            ValueError: a device that is not there, an unknown dtype, attention or format.
             ImportError: an attention whose package is not installed.
             TypeError: a source that is neither a path nor an id.
         """
@@ -141,6 +144,8 @@ class BagelPipeline:
             verify=verify,
             progress=progress,
             expand=expand,
+            quantize=quantize,
+            quantize_parts=quantize_parts,
             convert=convert,
         )
         return cls(model, vae, tokenizer, attention=attention)

@@ -349,3 +349,29 @@ def test_a_file_that_vanishes_is_one_sentence(tmp_path):
         pipe.understand([], "What?", max_new_tokens=2, progress=False)
     (folder / "gone").rename(folder / "ema.safetensors")
     assert pipe.understand([], "What?", max_new_tokens=2, progress=False).text is not None
+
+
+@pytest.mark.parametrize("form", ["int8", "nf4", "float8"])
+def test_quantised_weights_arrive_too(form):
+    wanted = BagelPipeline.from_pretrained(DEMO, device="cpu", quantize=form)
+    pipe = BagelPipeline.from_pretrained(DEMO, device="cpu", quantize=form)
+    supply = place(pipe.model, pipe.vae, HOST, limit=2**40, smallest=0)
+    units = [unit for pair in supply.layers for unit in pair if unit is not None]
+    guests = max(unit.nbytes for unit in supply.guests.values())
+    supply.limit, supply.work = supply.fixed + guests + 6 * max(unit.nbytes for unit in units), Nothing()
+    assert same(results(pipe), results(wanted))
+    assert supply.moves > 0
+    assert weight_bytes(pipe.model, None) < 0.8 * weight_bytes(load_pipeline_of_demo().model, None)
+
+
+def load_pipeline_of_demo() -> BagelPipeline:
+    return BagelPipeline.from_pretrained(DEMO, device="cpu")
+
+
+def test_formats_and_parts_that_do_not_exist_are_refused():
+    with pytest.raises(ValueError, match="no format named 'int7'"):
+        BagelPipeline.from_pretrained(DEMO, device="cpu", quantize="int7")
+    with pytest.raises(ValueError, match="parts of a model are"):
+        BagelPipeline.from_pretrained(DEMO, device="cpu", quantize="int8", quantize_parts=("head",))
+    with pytest.raises(ValueError, match="not both"):
+        BagelPipeline.from_pretrained(DEMO, device="cpu", quantize="int8", convert=lambda name, linear: linear)

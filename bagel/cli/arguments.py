@@ -257,6 +257,11 @@ def _model(parser: ArgumentParser) -> None:
         help="what may be taken on the device, such as 8GiB (default: what is free); weights that do not fit arrive "
         "when they are needed, and results are the same",
     )
+    group.add_argument(
+        "--quantize",
+        metavar="FORMAT",
+        help="store the decoder's weights in fewer bits: float8, int8, nf4, nf4-double or fp4 (lossy)",
+    )
     group.add_argument("--float8", action="store_true", help="8-bit floats where they cost little: faster, lossy")
     group.add_argument("--attention", default="auto", help="auto, sdpa, fa3, flash or reference (default: auto)")
     group.add_argument(

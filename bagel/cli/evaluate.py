@@ -40,7 +40,7 @@ def evaluate(args: Namespace) -> None:
         print(line(row), flush=True)
     if report is not None:
         about = {"model": args.model, "device": str(pipe.device), "dtype": str(pipe.dtype).removeprefix("torch.")}
-        about["float8"] = args.float8
+        about |= {"float8": args.float8, "quantize": args.quantize}
         write_json(report, rows, about | {"settings": asdict(settings), "software": f"bagel-mot {bagel.__version__}"})
     if args.save:
         for path in save_failures(Path(args.save).expanduser(), rows)[:1]:

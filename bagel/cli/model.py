@@ -16,6 +16,7 @@ from bagel.image import open_image
 from bagel.loading import choose_device, choose_dtype
 from bagel.memory.plan import parse_bytes
 from bagel.modeling.attention import check_backend
+from bagel.modeling.stored.quantize import check_format
 from bagel.options import make_options
 from bagel.pipeline import BagelPipeline
 
@@ -29,7 +30,12 @@ def check_options(args: Namespace, task: str) -> Any:
     try:
         check_backend(args.attention)
         choose_dtype(args.dtype, choose_device(args.device))
-        _ = None if args.memory is None else parse_bytes(args.memory)
+        if args.memory is not None:
+            parse_bytes(args.memory)
+        if args.quantize is not None:
+            check_format(args.quantize)
+            if args.float8:
+                raise ValueError("--float8 and --quantize exclude each other: --quantize float8 takes all experts")
         return make_options(task, given_options(args), args.preset)
     except (ValueError, TypeError) as error:
         raise UsageError(str(error)) from error
@@ -53,6 +59,7 @@ def load(args: Namespace, *, draws: bool) -> BagelPipeline:
         revision=args.revision,
         visual_gen=None if draws else False,
         memory=args.memory,
+        quantize=args.quantize,
     )
     if pipe.model.decoder.supply is not None:
         print(pipe.placement, file=sys.stderr)

@@ -6,6 +6,7 @@ import re
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
+import torch
 from torch import nn
 
 from bagel.modeling import float8
@@ -26,6 +27,7 @@ class Format(NamedTuple):
     """One way to store the weights of linear layers."""
 
     layer: Any  # a class with `of(linear)`
+    bits: float  # of a weight, its share of the scales included
     says: str
     inner: bool = False  # the first and the last decoder layer, next to the embeddings and the heads, stay
     check: Callable[[Any, str], None] = _accept  # raises ValueError for a layer that it cannot store
@@ -34,14 +36,19 @@ class Format(NamedTuple):
 FORMATS = {
     "float8": Format(
         Float8Linear,
+        8.0,
         "8-bit floats, in both factors: half the memory; the fastest images, on GPUs from 2022 on",
         inner=True,
         check=float8.check,
     ),
-    "int8": Format(Int8Linear, "8-bit integers, in both factors: half the memory; fast images on GPUs from 2020 on"),
-    "nf4": Format(NF4Linear, "4 bits per weight, inputs as they are: 28 % of the memory; the fastest text"),
-    "nf4-double": Format(NF4DoubleLinear, "as nf4, with its scales in 8 bits: 26 % of the memory, a little slower"),
-    "fp4": Format(FP4Linear, "as nf4 with 4-bit floats, for weights that are stored so: less exact"),
+    "int8": Format(
+        Int8Linear, 8.1, "8-bit integers, in both factors: half the memory; fast images on GPUs from 2020 on"
+    ),
+    "nf4": Format(NF4Linear, 4.5, "4 bits per weight, inputs as they are: 28 % of the memory; the fastest text"),
+    "nf4-double": Format(
+        NF4DoubleLinear, 4.13, "as nf4, with its scales in 8 bits: 26 % of the memory, a little slower"
+    ),
+    "fp4": Format(FP4Linear, 4.5, "as nf4 with 4-bit floats, for weights that are stored so: less exact"),
 }
 """What may be asked for by name, with what it does, beside bfloat16."""
 PARTS = {
@@ -77,10 +84,26 @@ def converter(format: str, *, parts: Sequence[str] = EXPERTS, layers: int) -> Co
     return convert
 
 
+def saved_bytes(model: Bagel, dtype: torch.dtype, format: str, parts: Sequence[str] = EXPERTS) -> int:
+    """Return about how many bytes less a model takes if it is quantised, which may be on the meta device.
+
+    Raises:
+        ValueError: an unknown format or part.
+    """
+    chosen, wanted = _chosen(format, parts, len(model.decoder.layers))
+    linears = [part for name, part in model.named_modules() if isinstance(part, nn.Linear) and wanted(name)]
+    return int(sum(linear.weight.numel() for linear in linears) * (dtype.itemsize - chosen.bits / 8))
+
+
+def check_format(name: str) -> None:
+    """Raise ValueError for a name that is none of `FORMATS`."""
+    if name not in FORMATS:
+        raise ValueError(f"there is no format named {name!r}; there are {', '.join(FORMATS)}")
+
+
 def _chosen(format: str, parts: Sequence[str], layers: int) -> tuple[Format, Callable[[str], bool]]:
     """Return a format, and what tells the layers that are to be stored so by their names."""
-    if format not in FORMATS:
-        raise ValueError(f"there is no format named {format!r}; there are {', '.join(FORMATS)}")
+    check_format(format)
     parts = tuple(PARTS) if "all" in parts else tuple(parts)
     if not parts or not set(parts) <= set(PARTS):
         raise ValueError(

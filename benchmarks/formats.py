@@ -19,7 +19,7 @@ import torch
 from torch import nn
 
 from bagel import BagelPipeline
-from bagel.memory.placement import weight_bytes
+from bagel.memory.placement import place, weight_bytes
 from bagel.modeling.stored.dfloat11 import DFloat11Linear
 from bagel.modeling.stored.quantize import FORMATS, quantize
 from benchmarks.jobs import PROMPT
@@ -55,13 +55,13 @@ def prepare(pipe: BagelPipeline, form: str) -> None:
 
 
 def timed(run: Callable[[], Any]) -> tuple[float, Any, float]:
-    """Return the seconds that a job takes, its result, and the most memory (GB) that was allocated meanwhile."""
+    """Return the seconds that a job takes, its result, and the most memory (GB) that was reserved meanwhile."""
     torch.cuda.synchronize()
     torch.cuda.reset_peak_memory_stats()
     start = time.perf_counter()
     found = run()
     torch.cuda.synchronize()
-    return time.perf_counter() - start, found, torch.cuda.max_memory_allocated() / GB
+    return time.perf_counter() - start, found, torch.cuda.max_memory_reserved() / GB
 
 
 def measure(form: str, args: argparse.Namespace) -> tuple[str, torch.Tensor]:
@@ -70,6 +70,13 @@ def measure(form: str, args: argparse.Namespace) -> tuple[str, torch.Tensor]:
     start = time.perf_counter()
     prepare(pipe, form)
     seconds = time.perf_counter() - start
+    limit = dict(args.within).get(form)
+    if limit is not None:
+        for module in filter(None, (pipe.model, pipe.vae)):
+            module.to("cpu")
+        torch.cuda.empty_cache()
+        place(pipe.model, pipe.vae, torch.device("cuda"), limit=int(limit * GB))
+        torch.cuda.set_per_process_memory_fraction(limit * GB / torch.cuda.get_device_properties(0).total_memory)
     options: dict[str, Any] = {"height": args.side, "width": args.side, "seed": 0, "progress": False}
 
     def draw(timesteps: int = args.timesteps) -> torch.Tensor:
@@ -86,7 +93,13 @@ def measure(form: str, args: argparse.Namespace) -> tuple[str, torch.Tensor]:
     weights = weight_bytes(pipe.model, pipe.vae) / GB
     speed = (args.tokens - args.tokens // 4) / (text - first)
     row = f"{form:<11}{weights:8.2f} GB{image:9.2f} s{peak:9.2f} GB{speed:9.0f} token/s{text_peak:9.2f} GB"
-    return f"{row}   (stored in {seconds:.0f} s)", latents
+    torch.cuda.set_per_process_memory_fraction(1.0)
+    return f"{row}   (stored in {seconds:.0f} s{'' if limit is None else f', within {limit:g} GB'})", latents
+
+
+def _limit(text: str) -> tuple[str, float]:
+    form, _, size = text.partition("=")
+    return form, float(size)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -94,6 +107,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.formats", description=__doc__)
     every = ["bfloat16", "dfloat11", *FORMATS]
     parser.add_argument("--formats", nargs="+", choices=every, default=every, metavar="FORMAT")
+    parser.add_argument(
+        "--within", nargs="+", type=_limit, default=[], metavar="FORMAT=GB", help="limits of memory for some formats"
+    )
     parser.add_argument("--side", type=int, default=1024)
     parser.add_argument("--timesteps", type=int, default=50)
     parser.add_argument("--tokens", type=int, default=256)

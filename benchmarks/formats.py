@@ -41,7 +41,7 @@ def compress(pipe: BagelPipeline) -> None:
             pipe.model.decoder.layers.set_submodule(name, own)
     if pipe.model.decoder.lm_head is not None:
         head = pipe.model.decoder.lm_head
-        pipe.model.decoder.lm_head = DFloat11Linear.of(copy.deepcopy(head).cpu()).to(head.weight.device)
+        pipe.model.decoder.set_submodule("lm_head", DFloat11Linear.of(copy.deepcopy(head).cpu()).to(head.weight.device))
 
 
 def prepare(pipe: BagelPipeline, form: str) -> None:
@@ -85,7 +85,8 @@ def measure(form: str, args: argparse.Namespace) -> tuple[str, torch.Tensor]:
     def answer(tokens: int = args.tokens) -> Any:
         return pipe.understand([], PROMPT, max_new_tokens=tokens, progress=False)
 
-    draw(4), answer(), answer()
+    for run in (lambda: draw(4), answer, answer):
+        run()
     torch.cuda.empty_cache()
     image, latents, peak = timed(draw)
     first, _, _ = timed(lambda: answer(args.tokens // 4))

@@ -79,7 +79,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     print({name: round(peak - weights / GIB, 3) for name, peak in peaks.items()})
     print(line("no limit", base, peaks, ""), flush=True)
     start = time.perf_counter()
-    pipe.model.to("cpu"), pipe.vae and pipe.vae.to("cpu")
+    for module in filter(None, (pipe.model, pipe.vae)):
+        module.to("cpu")
     pipe.model.graphs.memory.clear()
     pipe.model.graphs.decode_step = None
     torch.cuda.empty_cache()

@@ -74,6 +74,8 @@ class Supply:
         self.device, self.layers, self.guests = device, tuple(layers), guests
         self.limit, self.fixed, self.work, self.slack = limit, fixed, work, slack
         self.mover: Mover = GPUMover(device) if device.type == "cuda" else HostMover()
+        self.caches: WeakSet[Any] = WeakSet()
+        """What holds keys and values on the device, each with `keys` and `values`."""
         self.placed: dict[Unit, Placed] = {}
         self.free: list[Slot] = []
         self.order: tuple[Unit, ...] = ()
@@ -84,7 +86,6 @@ class Supply:
         self.moves = 0
         """How often weights have left the device: whoever remembers where they are must look again."""
         self._lock, self._busy = threading.RLock(), False
-        _supplies.add(self)
 
     def __reduce__(self) -> Any:
         raise TypeError("a model within a limit of memory cannot be copied; load it once more")
@@ -223,11 +224,8 @@ class Supply:
         return self.limit - self.fixed - self._others() - work - self.slack
 
     def _others(self) -> int:
-        """Return the bytes taken by whatever else is on the device: caches, what the caller holds."""
-        if self.device.type != "cuda":
-            return 0
-        weights = sum(supply.fixed + supply._taken() for supply in _supplies if supply.device == self.device)
-        return max(torch.cuda.memory_allocated(self.device) - weights, 0)
+        """Return the bytes that keys and values take."""
+        return sum(cache.keys.nbytes + cache.values.nbytes for cache in self.caches)
 
     def _guests(self) -> list[Unit]:
         return [unit for unit in self.guests.values() if unit in self.placed]
@@ -346,6 +344,3 @@ def chosen(order: Sequence[Unit], room: int) -> tuple[frozenset[Unit], int] | No
             stays.add(unit)
             kept += unit.nbytes
     return frozenset(stays), passing(order, slots)
-
-
-_supplies: WeakSet[Supply] = WeakSet()

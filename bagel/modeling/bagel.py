@@ -147,10 +147,10 @@ class Bagel(nn.Module):
 
     def new_context(self) -> Context:
         """Return an empty context; its cache grows as it is extended, see `Context.reserve`."""
-        config, supply = self.config.llm_config, self.decoder.supply
+        config = self.config.llm_config
         shape = (config.num_hidden_layers, 0, config.num_key_value_heads, config.head_dim)
         keys, values = (torch.empty(shape, device=self.device, dtype=self.dtype) for _ in range(2))
-        return Context(KVCache(keys, values, None if supply is None else supply.make_room))
+        return Context(KVCache(keys, values, self.decoder.supply))
 
     def expect(self, und: int, gen: int) -> None:
         """Make room for a forward of so many tokens of each expert, before anything of their size is made."""

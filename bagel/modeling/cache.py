@@ -10,8 +10,9 @@ one contiguous view, and a prefix never has to be copied to be drawn from.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 from weakref import WeakSet
 
 from torch import Tensor
@@ -25,11 +26,13 @@ class KVCache:
 
     Args:
         keys, values: what it holds at first.
-        make_room: told how many bytes it is about to take, so that something else can leave.
+        supply: brings weights within a limit of memory, and lets some of them leave for what is held here; or None.
     """
 
-    def __init__(self, keys: Tensor, values: Tensor, make_room: Callable[[int], None] | None = None) -> None:
-        self.keys, self.values, self.make_room = keys, values, make_room
+    def __init__(self, keys: Tensor, values: Tensor, supply: Any = None) -> None:
+        self.keys, self.values, self.supply = keys, values, supply
+        if supply is not None:
+            supply.caches.add(self)
         self.headroom, self.capacity = 0, keys.shape[1]  # tokens that fit before the context, and from there on
         self.views: WeakSet[Context] = WeakSet()
 
@@ -46,9 +49,9 @@ class KVCache:
 
     def _hold(self, keys: Tensor, values: Tensor, headroom: int, capacity: int) -> None:
         """Move what is held into fresh buffers."""
-        if self.make_room is not None:
+        if self.supply is not None:
             layers, _, heads, size = keys.shape
-            self.make_room(2 * layers * (headroom + capacity) * heads * size * keys.element_size())
+            self.supply.make_room(2 * layers * (headroom + capacity) * heads * size * keys.element_size())
         for name, held in (("keys", keys), ("values", values)):
             new = held.new_empty(held.shape[0], headroom + capacity, *held.shape[2:])
             new[:, headroom : headroom + held.shape[1]] = held
@@ -106,7 +109,7 @@ class Context:
         if followed:  # go on in a cache of its own, which no other view reaches into
             keys, values = self.held()
             self.cache.views.discard(self)
-            self.cache = KVCache(keys, values, self.cache.make_room)
+            self.cache = KVCache(keys, values, self.cache.supply)
             self.cache._hold(keys, values, 0, max(self.length + tokens, SMALLEST))
             self.cache.views.add(self)
         self.cache.reserve(tokens=self.length + tokens)

@@ -38,6 +38,8 @@ class FixedCaches:
         # Zeros: what lies behind a text has no weight, but weight zero times NaN is NaN.
         self.keys = torch.zeros(shape, device=model.device, dtype=model.dtype)
         self.values = torch.zeros_like(self.keys)
+        if model.decoder.supply is not None:
+            model.decoder.supply.caches.add(self)
         self.lengths = torch.zeros(texts, device=model.device, dtype=torch.int32)
 
     def __call__(self, layer: int, und: Heads, gen: Heads) -> Seen:

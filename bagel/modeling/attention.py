@@ -17,12 +17,12 @@ from dataclasses import dataclass, field
 from typing import Any, NamedTuple, Protocol
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from bagel.kernels import HOPPER
 from bagel.modeling.cache import Claim
+from bagel.modeling.sdpa import attended, lower_right_causal
 from bagel.packing import Layout
 
 IMAGE_SIZED = 2**20
@@ -141,7 +141,10 @@ class SampleBySample:
 
 @dataclass(frozen=True)
 class SDPA(Attention):
-    """torch's scaled dot-product attention, on any device; by cuDNN's kernel for images on a GPU."""
+    """torch's scaled dot-product attention, on any device; by cuDNN's kernel for images on a GPU.
+
+    On no device are the scores of all queries and keys, gigabytes for large images, held at once: see `attended`.
+    """
 
     has_step = True
     aligns_right = False
@@ -154,11 +157,10 @@ class SDPA(Attention):
         if causal and queries != keys:  # torch's is_causal is aligned at the upper left
             causal, mask = False, lower_right_causal(queries, keys, q.device)
         large = q.is_cuda and mask is None and queries * keys >= IMAGE_SIZED
-        gqa, single = q.shape[-2] != k.shape[-2], q.ndim == 3
+        single = q.ndim == 3
         q, k, v = ((x.unsqueeze(0) if single else x).transpose(1, 2) for x in (q, k, v))  # (B, H, T, D)
         with sdpa_kernel(KERNELS, set_priority=True) if large else nullcontext():
-            out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal, enable_gqa=gqa)
-        out = out.transpose(1, 2)
+            out = attended(q, k, v, mask=mask, causal=causal).transpose(1, 2)
         return out.squeeze(0) if single else out
 
 
@@ -199,22 +201,22 @@ class Flash(Attention):
 
 @dataclass(frozen=True)
 class Reference(Attention):
-    """The definition in float64: for tests, and for who wants to see the weights."""
+    """The definition in float64 (float32 on Apple's GPUs): for tests, and for who wants to see the weights."""
 
     def __call__(
         self, q: Tensor, k: Tensor, v: Tensor, *, causal: bool = False, mask: Tensor | None = None, layer: int = 0
     ) -> Tensor:
         """See `Attention`."""
         weights = self.weights(q, k, causal=causal, mask=mask)
-        values = v.double().repeat_interleave(q.shape[-2] // v.shape[-2], dim=-2)  # (..., Tk, Hq, D)
+        values = _wide(v).repeat_interleave(q.shape[-2] // v.shape[-2], dim=-2)  # (..., Tk, Hq, D)
         return torch.einsum("...hqk,...khd->...qhd", weights, values).to(q.dtype)
 
     def weights(self, q: Tensor, k: Tensor, *, causal: bool = False, mask: Tensor | None = None) -> Tensor:
-        """Return how much each query looks at each key, (..., Hq, Tq, Tk) float64; rows sum to one."""
+        """Return how much each query looks at each key, (..., Hq, Tq, Tk) as wide; rows sum to one."""
         if _checked(q, causal, mask):
             mask = lower_right_causal(q.shape[-3], k.shape[-3], q.device)
-        keys = k.double().repeat_interleave(q.shape[-2] // k.shape[-2], dim=-2)  # (..., Tk, Hq, D)
-        scores = torch.einsum("...qhd,...khd->...hqk", q.double(), keys) * q.shape[-1] ** -0.5
+        keys = _wide(k).repeat_interleave(q.shape[-2] // k.shape[-2], dim=-2)  # (..., Tk, Hq, D)
+        scores = torch.einsum("...qhd,...khd->...hqk", _wide(q), keys) * q.shape[-1] ** -0.5
         return (scores if mask is None else scores.masked_fill(~mask, float("-inf"))).softmax(-1)
 
 
@@ -246,9 +248,8 @@ def check_backend(name: str) -> str:
     return name
 
 
-def lower_right_causal(queries: int, keys: int, device: torch.device) -> Tensor:
-    """Return the bool mask (Tq, Tk) of text that follows a context: query i sees keys up to Tk - Tq + i."""
-    return torch.ones(queries, keys, dtype=torch.bool, device=device).tril(keys - queries)
+def _wide(x: Tensor) -> Tensor:
+    return x.float() if x.device.type == "mps" else x.double()
 
 
 def _checked(q: Tensor, causal: bool, mask: Tensor | None) -> bool:

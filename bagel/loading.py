@@ -10,6 +10,7 @@ import torch
 
 from bagel.checkpoint import Checkpoint, Convert, resolve_source, verify_checksums
 from bagel.checkpoint.free_memory import free_bytes, host_free_bytes
+from bagel.kernels import has_bfloat16
 from bagel.memory import explain_out_of_memory
 from bagel.memory.placement import left_in_files, place
 from bagel.memory.plan import parse_bytes
@@ -122,9 +123,9 @@ def choose_device(device: torch.device | str | None) -> torch.device:
     try:
         chosen = torch.device(device)
         torch.empty(0, device=chosen)
-    except (RuntimeError, TypeError, AssertionError) as error:  # what torch raises for one that is not there
+    except (RuntimeError, TypeError, AssertionError, ImportError) as error:  # what torch raises for one not there
         reason = str(error).partition("\n")[0].partition(". ")[0]
-        there = f"cpu and {torch.cuda.device_count()} CUDA GPU(s)"
+        there = f"{'mps, ' * torch.backends.mps.is_available()}cpu and {torch.cuda.device_count()} CUDA GPU(s)"
         raise ValueError(
             f"device={str(device)!r} cannot be used: torch {torch.__version__} sees {there} here ({reason})"
         ) from error
@@ -134,11 +135,14 @@ def choose_device(device: torch.device | str | None) -> torch.device:
 
 
 def choose_dtype(dtype: torch.dtype | str | None, device: torch.device) -> torch.dtype:
-    """Return the type asked for, else float32 on a CPU, bfloat16 on a GPU, float16 on one without bfloat16."""
+    """Return the type asked for, else float32 on a CPU, bfloat16 on a GPU, float16 on one without bfloat16.
+
+    Apple's GPUs (device "mps") get float16: they have bfloat16 from macOS 14 on only.
+    """
     if dtype is None:
-        if device.type != "cuda":
-            return torch.float32
-        return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
+        if device.type == "cuda":
+            return torch.bfloat16 if has_bfloat16(device) else torch.float16
+        return {"mps": torch.float16, "xpu": torch.bfloat16}.get(device.type, torch.float32)
     chosen = DTYPES.get(dtype) if isinstance(dtype, str) else dtype
     if chosen is None or chosen not in DTYPES.values():
         raise ValueError(f"dtype must be one of {', '.join(DTYPES)}, got {dtype!r}")

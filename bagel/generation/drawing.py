@@ -142,6 +142,6 @@ def decoded(vae: Autoencoder, latents: Tensor) -> Image.Image:
     if not torch.isfinite(pixels).all():
         raise FloatingPointError(
             "the image came out as NaN or infinity; the weights are damaged or the type overflows: "
-            "try dtype=torch.float32, or check the files with `bagel inspect --verify`"
+            "try vae_dtype=torch.float32 or dtype=torch.float32, or check the files with `bagel inspect --verify`"
         )
     return to_image(pixels.cpu())

@@ -56,8 +56,14 @@ NORMS = {
 """Kernels of the norm, by whether they add, and whether they round."""
 TURNS = (256, 512)
 """Columns that kernels turn together, see `turn`."""
-FLOAT16 = Rounding(torch.float16, largest=1.0, tiny=1.0)
-"""For products that exceed float16's 65504: rows are scaled into [-1, 1], smaller ones stay as they are."""
+FLOAT16 = Rounding(torch.float16, largest=16.0, tiny=1.0)
+"""For products that exceed float16's 65504: rows are scaled into [-16, 16], smaller ones stay as they are.
+
+So no product overflows with a weight whose rows have magnitudes that add up to 4,094 (18,944 of 0.02 make 379), and
+beside one huge value ordinary ones keep their digits: scaled into [-1, 1] they have ten times the error.
+"""
+BFLOAT16, TRITON = (8, 0), (7, 0)
+"""The first CUDA compute capabilities that compute in bfloat16, and that Triton builds kernels for."""
 
 
 # Whether a kernel computes it, or torch does --------------------------------------------------------------------------
@@ -75,6 +81,8 @@ def find(name: str, x: Tensor, *, narrow: bool = False) -> Callable[..., Any] | 
         return None
     if torch.compiler.is_compiling():
         return getattr(_operators, name, None)
+    if x.dtype == torch.bfloat16 and not _has_bfloat16(x.device.index):  # building for it may end the process
+        return None
     kernels = _kernels(x.device.index) if x.device.index == torch.cuda.current_device() else None
     return None if kernels is None else getattr(kernels, name)
 
@@ -86,17 +94,19 @@ _compiled_for_matrix_units = False
 def let_compilers_use_kernels() -> None:
     """Make kernels stand in what is compiled from now on, if they can be built for the current GPU."""
     global _operators, _compiled_for_matrix_units
-    if _operators is None and _kernels(torch.cuda.current_device()) is not None:
+    gpu = torch.cuda.current_device()
+    if _operators is None and _kernels(gpu) is not None and _has_bfloat16(gpu):
         _operators = importlib.import_module("bagel.kernels.operators")
-        _compiled_for_matrix_units = _has_matrix_units(torch.cuda.current_device())
+        _compiled_for_matrix_units = _has_matrix_units(gpu)
 
 
 @functools.cache
 def _kernels(gpu: int) -> ModuleType | None:
     """Return the kernels if Triton can build some for the current GPU: it needs a C compiler, and to know the GPU."""
     try:
+        _check_known(gpu)
         kernels = importlib.import_module("bagel.kernels.triton_kernels")
-        kernels.try_some()
+        kernels.try_some(torch.bfloat16 if _has_bfloat16(gpu) else torch.float16)
     except torch.OutOfMemoryError:
         raise
     except Exception as error:  # whatever Triton and what it calls may raise
@@ -107,6 +117,20 @@ def _kernels(gpu: int) -> ModuleType | None:
         )
         return None
     return kernels
+
+
+def _check_known(gpu: int) -> None:
+    """Raise RuntimeError for a GPU that Triton is too new for: its compiler may end the process instead."""
+    if torch.version.hip is None and (found := torch.cuda.get_device_capability(gpu)) < TRITON:
+        raise RuntimeError(f"it needs a compute capability of {TRITON[0]}.{TRITON[1]}, got {found[0]}.{found[1]}")
+
+
+def has_bfloat16(gpu: torch.device | int) -> bool:
+    """Whether a CUDA GPU, or one of AMD's, computes in bfloat16 itself."""
+    return torch.version.hip is not None or torch.cuda.get_device_capability(gpu) >= BFLOAT16
+
+
+_has_bfloat16 = functools.cache(has_bfloat16)
 
 
 def is_own(module: Any, kind: type[nn.Module] | None = None) -> bool:
@@ -182,7 +206,7 @@ def silu_mul(gate_up: Tensor, *, rounding: Rounding | None = None) -> Tensor | R
     """Return silu(gate) * up (T, n) of gate and up side by side (T, 2n).
 
     With `rounding` it is returned as `Rows` where the same kernel can round it (more than one row only). In float16 it
-    always is, scaled into [-1, 1]: a few channels of this product exceed float16's range in Qwen2.5.
+    always is, scaled as `FLOAT16` says: a few channels of this product exceed float16's range in Qwen2.5.
     """
     if gate_up.dtype == torch.float16:
         gate, up = gate_up.float().chunk(2, dim=-1)
@@ -271,7 +295,7 @@ def has_matrix_units(x: Tensor) -> bool:
 
 @functools.cache
 def _has_matrix_units(gpu: int) -> bool:
-    return torch.cuda.get_device_capability(gpu)[0] >= 8
+    return torch.version.hip is None and torch.cuda.get_device_capability(gpu)[0] >= 8
 
 
 def rows_of(table: Tensor, ids: Tensor) -> Tensor:

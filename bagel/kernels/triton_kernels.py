@@ -52,9 +52,9 @@ __all__ = [
 ]
 
 
-def try_some() -> None:
-    """Build and run a kernel of each sort, in the types that they are for; what Triton raises is not caught."""
-    heads = torch.ones(1, 1, 128, device="cuda", dtype=torch.bfloat16)
+def try_some(dtype: torch.dtype) -> None:
+    """Build and run a kernel of each sort, in a type of 16 bits; what Triton raises is not caught."""
+    heads = torch.ones(1, 1, 128, device="cuda", dtype=dtype)
     rms_norm(heads, heads[0, 0], eps=1e-6)
     cache = heads.new_zeros(1, 64, 1, 128)
     attend_appended(heads, heads, heads, cache, cache.clone(), torch.zeros(1, device="cuda", dtype=torch.int32))

@@ -1,6 +1,6 @@
 """What an expert does to each token between its matrix products."""
 
-# pyright: reportMissingImports=false, reportIndexIssue=false
+# pyright: reportMissingImports=false, reportIndexIssue=false, reportOptionalCall=false
 
 from __future__ import annotations
 
@@ -10,7 +10,11 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
+
+try:
+    from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
+except ImportError:  # a Triton for GPUs of other makers, where nothing starts early
+    gdc_launch_dependents = gdc_wait = None
 
 from bagel.kernels.functions import HOPPER
 from bagel.kernels.triton_rounding import rounded, store_rounded, store_unit, turned

@@ -36,7 +36,7 @@ class SiglipViT(nn.Module):
         if not config.rope:
             self.position_embedding = Embedding(config.num_patches_per_side**2, config.hidden_size)
         self.layers = nn.ModuleList(SiglipLayer(config) for _ in range(config.num_layers))
-        self.norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.norm = LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
 
     def forward(self, patches: Tensor, position_ids: Tensor, lengths: Sequence[int]) -> Tensor:
         """Return the features of every patch, (N, hidden_size) in the weights' type.
@@ -56,6 +56,7 @@ class SiglipViT(nn.Module):
             rotary = rotary_table(position_ids, side=config.num_patches_per_side, head_dim=config.head_dim)
         else:
             x = x + self.position_embedding(position_ids)
+        x = x.float() if x.dtype == torch.float16 else x  # too narrow for the sums of all layers
         for index, layer in enumerate(self.layers):
             x = layer(x, lengths, rotary, functools.partial(self.attention, layer=index))
         return self.norm(x)
@@ -76,6 +77,17 @@ class SiglipViT(nn.Module):
             )
 
 
+class LayerNorm(nn.LayerNorm):
+    """torch's layer norm, but with float16 weights it takes inputs of a wider type too."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Normalise the last axis of (..., n); float16 weights do so in the input's type, and return their own."""
+        if self.weight.dtype != torch.float16:
+            return super().forward(input)
+        weight, bias = (part.to(input.dtype) for part in (self.weight, self.bias))
+        return F.layer_norm(input, self.normalized_shape, weight, bias, self.eps).to(self.weight.dtype)
+
+
 class SiglipLayer(nn.Module):
     """One pre-norm transformer layer: attention within each image, then the MLP."""
 
@@ -83,10 +95,10 @@ class SiglipLayer(nn.Module):
         super().__init__()
         hidden = config.hidden_size
         self.num_heads = config.num_attention_heads
-        self.norm1 = nn.LayerNorm(hidden, eps=config.layer_norm_eps)
+        self.norm1 = LayerNorm(hidden, eps=config.layer_norm_eps)
         self.qkv_proj = nn.Linear(hidden, 3 * hidden)  # rows: q, then k, then v
         self.o_proj = nn.Linear(hidden, hidden)
-        self.norm2 = nn.LayerNorm(hidden, eps=config.layer_norm_eps)
+        self.norm2 = LayerNorm(hidden, eps=config.layer_norm_eps)
         self.fc1 = nn.Linear(hidden, config.intermediate_size)
         self.fc2 = nn.Linear(config.intermediate_size, hidden)
 

@@ -38,12 +38,13 @@ def sincos_table(side: int, channels: int) -> Tensor:
     if channels % 4:
         raise ValueError(f"a 2-D sin-cos table needs a multiple of 4 channels, got {channels}")
     quarter = channels // 4
-    frequencies = 10000.0 ** (-torch.arange(quarter, dtype=torch.float64) / quarter)
-    angles = torch.arange(side, dtype=torch.float64)[:, None] * frequencies  # (side, channels / 4)
+    cpu: Any = {"dtype": torch.float64, "device": "cpu"}  # not every device has this type
+    frequencies = 10000.0 ** (-torch.arange(quarter, **cpu) / quarter)
+    angles = torch.arange(side, **cpu)[:, None] * frequencies  # (side, channels / 4)
     line = torch.cat([angles.sin(), angles.cos()], dim=1)  # (side, channels / 2)
     columns = line[None, :, :].expand(side, side, -1)
     rows = line[:, None, :].expand(side, side, -1)
-    return torch.cat([columns, rows], dim=-1).flatten(0, 1).float()
+    return torch.cat([columns, rows], dim=-1).flatten(0, 1).float().to(torch.get_default_device())
 
 
 class PositionTable(nn.Module):
@@ -263,7 +264,7 @@ class Bagel(nn.Module):
         positions = torch.tensor([context.position for context in contexts])
         if ids.is_cuda:  # from page-locked memory, so that the copy does not wait for the GPU
             positions = positions.pin_memory()
-        positions = positions.to(ids.device, non_blocking=True)
+        positions = positions.to(ids.device, non_blocking=ids.is_cuda)
         logits = self.decoder.next_logits(ids, positions, self.attention.plan(Layout.of_tokens(len(contexts)), claims))
         for context in contexts:
             context.advance(1, context.position + 1)

@@ -118,11 +118,22 @@ def _cpu_takes_scales_of_rows() -> bool:
     return True
 
 
+def can_multiply(device: torch.device) -> bool:
+    """Whether products of 8-bit floats can be asked of a device: a CPU, or a GPU of NVIDIA from `CAPABILITY` on.
+
+    AMD's GPUs number their capabilities in another way, and many have another format of 8 bits.
+    """
+    if device.type == "cuda":
+        return torch.version.hip is None and torch.cuda.get_device_capability(device) >= CAPABILITY
+    return device.type in ("cpu", "meta")
+
+
 def check(linear: nn.Linear, name: str) -> None:
     """Refuse a layer that cannot be quantised: see `quantize_linears`, whose errors these are."""
     device = linear.weight.device
-    if device.type == "cuda" and torch.cuda.get_device_capability(device) < CAPABILITY:
-        raise ValueError(f"{torch.cuda.get_device_name(device)} cannot multiply 8-bit floats; use bfloat16")
+    if not can_multiply(device):
+        card = torch.cuda.get_device_name(device) if device.type == "cuda" else f"the device {device}"
+        raise ValueError(f"{card} cannot multiply 8-bit floats of this format; leave them, or use int8 or nf4")
     if linear.in_features % 16 or linear.out_features % 16:
         raise ValueError(
             f"8-bit layers need sides that are multiples of 16, got {linear.in_features} x {linear.out_features} "

@@ -76,7 +76,7 @@ class TextSampling(Choosing):
         noise = torch.stack([_noise(logits.shape[-1], generator) for generator in generators])
         if logits.is_cuda and not noise.is_cuda:
             noise = noise.pin_memory()  # from there it is copied while the GPU computes
-        return (probabilities / noise.to(logits.device, non_blocking=True)).argmax(-1)
+        return (probabilities / noise.to(logits.device, non_blocking=logits.is_cuda)).argmax(-1)
 
     def discard(self, vocab_size: int, generator: torch.Generator) -> None:
         """Advance the generator by one draw: the official loop draws once more than it keeps."""

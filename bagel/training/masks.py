@@ -153,7 +153,7 @@ def _slots(layout: Layout, starts: list[int]) -> Tensor:
     sample = layout.tokens.sample
     if sample.is_cuda:  # from page-locked memory, so that the copy does not wait for the GPU
         offset = offset.pin_memory()
-    offset = offset.to(sample.device, non_blocking=True)
+    offset = offset.to(sample.device, non_blocking=sample.is_cuda)
     return torch.arange(sample.shape[0], device=sample.device) + offset[sample.long()]
 
 

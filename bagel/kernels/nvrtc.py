@@ -18,6 +18,21 @@ from torch import Tensor
 
 DYNAMIC_SHARED, CARVEOUT = 8, 9
 """Attributes of functions: bytes of shared memory that a block may have, and the percentage of it in the cache."""
+EARLY = 6
+"""Attribute of a launch: the kernel starts while the one before it ends, and waits for that itself."""
+
+
+class _Attribute(ctypes.Structure):
+    _fields_ = (("id", ctypes.c_int), ("pad", ctypes.c_int), ("value", ctypes.c_int), ("rest", ctypes.c_int * 15))
+
+
+class _Launch(ctypes.Structure):
+    _fields_ = (
+        ("size", ctypes.c_uint * 7),
+        ("stream", ctypes.c_void_p),
+        ("attributes", ctypes.POINTER(_Attribute)),
+        ("count", ctypes.c_uint),
+    )
 
 
 class Kernel:
@@ -27,17 +42,23 @@ class Kernel:
         self.function, self.context, self.device = function, context, device
         self.shared = 48 * 1024  # bytes that need not be asked for
 
-    def __call__(self, *arguments: Tensor | int, blocks: int, threads: int, shared: int = 0) -> None:
+    def __call__(
+        self, *arguments: Tensor | int | None, blocks: int, threads: int, shared: int = 0, early: bool = False
+    ) -> None:
         """Start the kernel on the current stream of its GPU.
 
         Args:
-            arguments: tensors on the GPU, and what the kernel takes as `int`.
+            arguments: tensors on the GPU, None for a null pointer, and what the kernel takes as `int`.
             blocks: how many.
             threads: of a block.
             shared: bytes of shared memory for a block, beside what the source declares with a size.
+            early: start while the kernel before ends: the source waits for it where it has to (`griddepcontrol`).
         """
         driver = _driver()
-        values = [ctypes.c_int(x) if isinstance(x, int) else ctypes.c_void_p(x.data_ptr()) for x in arguments]
+        values = [
+            ctypes.c_int(x) if isinstance(x, int) else ctypes.c_void_p(None if x is None else x.data_ptr())
+            for x in arguments
+        ]
         pointers = (ctypes.c_void_p * len(values))(*(ctypes.addressof(value) for value in values))
         stream = ctypes.c_void_p(torch.cuda.current_stream(self.device).cuda_stream)
         _check(driver.cuCtxPushCurrent_v2(self.context), "cuCtxPushCurrent")  # a new thread has none
@@ -46,13 +67,26 @@ class Kernel:
                 _check(driver.cuFuncSetAttribute(self.function, DYNAMIC_SHARED, shared), "cuFuncSetAttribute")
                 self.shared = shared
             size = (blocks, 1, 1, threads, 1, 1, shared)
-            _check(driver.cuLaunchKernel(self.function, *size, stream, pointers, None), "cuLaunchKernel")
+            if early:
+                attribute = _Attribute(id=EARLY, value=1)
+                launch = _Launch((ctypes.c_uint * 7)(*size), stream, ctypes.pointer(attribute), 1)
+                code = driver.cuLaunchKernelEx(ctypes.byref(launch), self.function, pointers, None)
+                _check(code, "cuLaunchKernelEx")
+            else:
+                _check(driver.cuLaunchKernel(self.function, *size, stream, pointers, None), "cuLaunchKernel")
         finally:
             driver.cuCtxPopCurrent_v2(ctypes.byref(ctypes.c_void_p()))
 
 
-def build(source: str, name: str, *, device: int, options: Sequence[str] = ()) -> Kernel:
+def build(source: str, name: str, *, device: int, options: Sequence[str] = (), carveout: int = 100) -> Kernel:
     """Return a kernel by its name in a source (declared `extern "C"`), built for a GPU.
+
+    Args:
+        source: in CUDA C++.
+        name: of the kernel.
+        device: the GPU.
+        options: for the compiler.
+        carveout: the percentage of the cache of a multiprocessor that is wanted as shared memory.
 
     Raises:
         OSError: torch's copy of NVRTC, or the driver, is not found.
@@ -66,7 +100,7 @@ def build(source: str, name: str, *, device: int, options: Sequence[str] = ()) -
         _check(driver.cuCtxGetCurrent(ctypes.byref(context)), "cuCtxGetCurrent")
         _check(driver.cuModuleLoadData(ctypes.byref(module), code), "cuModuleLoadData")
         _check(driver.cuModuleGetFunction(ctypes.byref(function), module, name.encode()), "cuModuleGetFunction")
-        _check(driver.cuFuncSetAttribute(function, CARVEOUT, 100), "cuFuncSetAttribute")
+        _check(driver.cuFuncSetAttribute(function, CARVEOUT, carveout), "cuFuncSetAttribute")
     return Kernel(function, context, device)
 
 

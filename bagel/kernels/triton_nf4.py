@@ -1,7 +1,8 @@
 """Weights of 4 bits in blocks of 64 values: expanded, and multiplied by a few tokens as they are.
 
 A weight (out, in) lies flat: byte i holds the indices of the values 2i (high half) and 2i + 1 of a table of 16, block j
-the magnitude of the values 64j and after. See `bagel.formats.nf4`.
+the magnitude of the values 64j and after. See `bagel.formats.nf4`. Where CUDA C++ can be built, and takes the sizes,
+`bagel.kernels.cuda_nf4` does the same in less time.
 """
 
 # pyright: reportMissingImports=false, reportIndexIssue=false
@@ -13,6 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from bagel.kernels import cuda_nf4
 from bagel.kernels.triton_rows import early, wait
 
 ROWS, BYTES = 4, 4
@@ -54,6 +56,10 @@ def blocks_times_vectors(
     """
     tokens, width = x.shape
     rows = 2 * codes.numel() // width
+    if x.is_cuda:
+        given = x, codes, absmax, codebook, nested_absmax, nested_table, offset, bias, plus
+        if (product := cuda_nf4.multiply(*given, dtype=dtype or x.dtype)) is not None:
+            return product
     out = x.new_empty(tokens, rows, dtype=dtype)
     most, warps = triton.next_power_of_2(tokens), 4 if width > WIDE else 2
     parts = triton.cdiv(width, 2 * BYTES * 32 * warps)
@@ -138,6 +144,10 @@ def expand_blocks(
     dtype: torch.dtype,
 ) -> Tensor:
     """Return `count` values of a weight in 4 bits from value `first` on, (count,); both even. See above."""
+    if codes.is_cuda:
+        tensors = codes, absmax, codebook, nested_absmax, nested_table, offset
+        if (values := cuda_nf4.expand(*tensors, first=first, count=count, dtype=dtype)) is not None:
+            return values
     out = torch.empty(count, dtype=dtype, device=codes.device)
     if count:
         _expand_blocks[(triton.cdiv(count, 2 * EXPANDED * BYTES),)](

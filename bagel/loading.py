@@ -11,9 +11,9 @@ import torch
 from bagel.checkpoint import Checkpoint, Convert, resolve_source, verify_checksums
 from bagel.checkpoint.free_memory import free_bytes, host_free_bytes
 from bagel.kernels import has_bfloat16
-from bagel.memory import explain_out_of_memory
+from bagel.memory import NotEnoughMemoryError, explain_out_of_memory
 from bagel.memory.placement import left_in_files, place
-from bagel.memory.plan import parse_bytes
+from bagel.memory.plan import GIB, parse_bytes
 from bagel.memory.work import Request, Work
 from bagel.modeling import Bagel
 from bagel.modeling.stored.quantize import EXPERTS, converter, saved_bytes
@@ -99,10 +99,20 @@ def _load_within(
     """Load onto the host, or leave the largest weights in files where it has no room, and place what a limit lets.
 
     A CPU never holds more than its limit; beside a GPU the host keeps all weights if it can.
+
+    Raises:
+        NotEnoughMemoryError: weights are to be converted, which files do not hold, and memory does not hold them.
     """
     if (convert := types["convert"]) is not None:  # where it is fast; the result goes where it is kept
         types = types | {"convert": lambda name, linear: convert(name, linear.to(device)).to("cpu")}
     on_host = device.type != "cpu" and needed + HOST_SPARE <= host_free_bytes()
+    if types["convert"] is not None and not on_host:
+        room = limit if device.type == "cpu" else host_free_bytes()
+        raise NotEnoughMemoryError(
+            f"quantised weights are kept in memory: {needed / GIB:.1f} GiB, and what computing takes, where there are "
+            f"{room / GIB:.1f} GiB; give more, quantise to fewer bits, or leave out quantize=..., so that weights are "
+            "read from their files"
+        )
     leave = [] if on_host else sorted(left_in_files(model, types["dtype"]))
     checkpoint.load(model, vae, device="cpu", leave=leave, **types)
     pieces = {}

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import gc
 import itertools
+import random
 import shutil
 import threading
 from pathlib import Path
@@ -18,9 +20,10 @@ from torch import nn
 from bagel.checkpoint import CheckpointError
 from bagel.demo import CHECKPOINT as DEMO
 from bagel.memory import NotEnoughMemoryError
+from bagel.memory.choice import chosen, nbytes, passing
 from bagel.memory.placement import experts_of, place, weight_bytes
 from bagel.memory.plan import GIB, Planner, Request, parse_bytes
-from bagel.memory.supply import chosen, nbytes, passing
+from bagel.memory.supply import Supply
 from bagel.memory.units import Piece, Unit
 from bagel.pipeline import BagelPipeline
 
@@ -197,6 +200,154 @@ def test_calling_the_model_from_within_itself_is_refused():
     decoder.layers[0].register_forward_hook(lambda *_: decoder.next_logits(ids, ids, None))
     with pytest.raises(RuntimeError, match="cannot be called from within itself"):
         pipe.text_to_image("a red circle", seed=1, **SMALL)
+
+
+def test_a_hook_may_use_the_head_and_the_autoencoder_between_layers():
+    def found(pipe):
+        seen, latents = [], torch.ones(1, 16, 4, 6)
+
+        def look(_, args, x):
+            seen.append(pipe.model.logits(x.und).clone())
+            seen.append(pipe.vae.decode(latents).clone())
+
+        hooks = [layer.register_forward_hook(look) for layer in pipe.model.decoder.layers]
+        ids = pipe.understand(PHOTO, "What?", max_new_tokens=2, progress=False).token_ids
+        for hook in hooks:
+            hook.remove()
+        return seen, ids
+
+    wanted = found(load_pipeline.__wrapped__("tiny"))
+    for share in (0.25, 0.5):
+        pipe = limited("tiny", share)
+        assert same(found(pipe), wanted)
+        assert same(results(pipe), results(load_pipeline("tiny")))
+    pipe = limited("tiny", 0.0)  # the autoencoder does not fit beside a layer that computes
+    with pytest.raises(NotEnoughMemoryError, match="using the autoencoder needs"):
+        found(pipe)
+
+
+def test_threads_with_different_tasks_share_one_model():
+    pipe, wanted, wrong = limited("tiny", 0.3), load_pipeline("tiny"), []
+    tasks = [
+        lambda own: own.understand(PHOTO, "What is it?", max_new_tokens=7, progress=False).token_ids,
+        lambda own: own.text_to_image("a red circle", seed=1, **SMALL).latents.tolist(),
+        lambda own: own.edit(PHOTO, "blue", seed=2, **SMALL).latents.tolist(),
+    ]
+
+    def work(task):
+        expected = task(wanted)
+        wrong.extend(index for index in range(6) if task(pipe) != expected)
+
+    threads = [threading.Thread(target=work, args=(task,)) for task in (*tasks, tasks[0])]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not wrong
+
+
+def test_other_threads_wait_while_a_guest_computes():
+    pipe = limited("tiny", 0.0)
+    supply, decoder = pipe.model.decoder.supply, pipe.model.decoder
+    for module, call in (
+        (decoder.lm_head, lambda: pipe.model.logits(torch.ones(1, decoder.config.hidden_size))),
+        (pipe.vae.decoder.conv_out, lambda: pipe.vae.decode(torch.ones(1, 16, 2, 2))),
+    ):
+        gone = threading.Event()
+        other = threading.Thread(target=lambda gone=gone: (supply.release(), gone.set()))
+        early = []
+
+        def before(*_, other=other, gone=gone, early=early):
+            other.start()
+            early.append(gone.wait(0.2))
+
+        hook = module.register_forward_pre_hook(before)
+        with torch.inference_mode():
+            call()
+        hook.remove()
+        other.join()
+        assert early == [False]
+        assert gone.is_set()
+
+
+def test_gradients_are_refused():
+    pipe = limited("tiny", 0.2)
+    decoder = pipe.model.decoder
+    packed = pipe.processor.pack([[pipe.processor.text("a red circle")]], starts=[0])
+    with torch.no_grad():
+        assert pipe.model(packed).und.isfinite().all()
+    assert pipe.model(packed).und.isfinite().all()
+    decoder.layers[0].und.mlp.down_proj.weight.requires_grad_(True)
+    with pytest.raises(RuntimeError, match="has no gradients: load it without memory"):
+        pipe.model(packed)
+
+
+@pytest.mark.parametrize("seed", range(40))
+def test_whatever_is_asked_for_in_whatever_order_values_are_right_and_within_the_limit(seed):
+    """Forwards, guests and room in a random order, some stopped half-way, some without memory."""
+    world = World(random.Random(seed))
+    for _ in range(30):
+        with contextlib.suppress(Stopped, NotEnoughMemoryError, torch.OutOfMemoryError):
+            world.random.choice([world.forward, world.forward, world.guest, world.room])()
+    world.supply.release()
+    assert all(module.weight.equal(weight) for module, weight in world.weights.items())
+
+
+class Stopped(Exception):
+    pass
+
+
+class World:
+    """A supply of random units, and what they hold."""
+
+    def __init__(self, numbers: random.Random) -> None:
+        self.random = numbers
+
+        def module(*sizes: int) -> nn.Linear:
+            return nn.Linear(numbers.choice(sizes), 1, bias=False).requires_grad_(False)
+
+        def unit(own: nn.Module | None) -> Unit | None:
+            return None if own is None else Unit("weight", [own], smallest=0)
+
+        self.pairs = [(module(300, 500), module(300, 700) if numbers.random() < 0.9 else None) for _ in range(5)]
+        self.guests = [module(200, 300, 900) for _ in range(3)]
+        every = [own for own in (*itertools.chain(*self.pairs), *self.guests) if own is not None]
+        self.weights = {own: own.weight.clone() for own in every}
+        layers = [(unit(und), unit(gen)) for und, gen in self.pairs]
+        guests = {guest: unit(guest) for guest in self.guests}
+        total = sum(2048 + own.weight.nbytes for own in every)
+        limit = numbers.randrange(9000, total)
+        self.supply = Supply(HOST, layers, guests, limit=limit, fixed=0, work=lambda u, g: u + g, slack=0)  # pyright: ignore
+        new_slot = self.supply._new_slot
+
+        def lacking(size: int):
+            if numbers.random() < 0.03:
+                raise torch.OutOfMemoryError("CUDA out of memory")
+            return new_slot(size)
+
+        self.supply._new_slot = lacking
+
+    def forward(self) -> None:
+        und, gen = self.random.choice([1, 500, 2000, 4000]), self.random.choice([0, 0, 100, 3000, 6000])
+        stop = self.random.choice([None] * 6 + [0, 1, 2, 3])
+        with self.supply.through([nn.Identity()] * 5, torch.empty(und, 1), torch.empty(gen, 1)) as layers:
+            for index, _ in enumerate(layers):
+                for own in self.pairs[index][: 2 if gen else 1]:
+                    assert own is None or own.weight.equal(self.weights[own])
+                assert self.supply._taken() <= self.supply.limit - und - gen
+                if index == stop:
+                    raise Stopped
+
+    def guest(self) -> None:
+        guest, work = self.random.choice(self.guests), self.random.choice([0, 100, 2000])
+        with self.supply.using(guest, work):
+            assert guest.weight.equal(self.weights[guest])
+            assert self.supply._taken() <= self.supply.limit - work
+
+    def room(self) -> None:
+        wanted = self.random.choice([0, 1000, 5000])
+        self.supply.make_room(wanted)
+        assert self.supply._taken() <= self.supply.limit - wanted
 
 
 def test_a_copy_is_refused():
@@ -384,6 +535,12 @@ def test_quantised_weights_arrive_too(form):
 
 def load_pipeline_of_demo() -> BagelPipeline:
     return BagelPipeline.from_pretrained(DEMO, device="cpu")
+
+
+@pytest.mark.parametrize("form", ["int8", "nf4", "float8"])
+def test_quantised_weights_that_memory_does_not_hold_are_refused_in_a_sentence(form):
+    with pytest.raises(NotEnoughMemoryError, match=r"quantised weights are kept in memory: .* leave out quantize"):
+        BagelPipeline.from_pretrained(DEMO, device="cpu", quantize=form, memory="2MB")
 
 
 def test_formats_and_parts_that_do_not_exist_are_refused():

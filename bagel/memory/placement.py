@@ -7,17 +7,19 @@ rows; guests (the head, the vision encoder, the autoencoder), each used by itsel
 
 from __future__ import annotations
 
+import functools
 import itertools
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from bagel.memory.choice import Experts
 from bagel.memory.host import lock_pages, unlock_pages
 from bagel.memory.movers import FileMover
-from bagel.memory.supply import Experts, Supply
+from bagel.memory.supply import Supply
 from bagel.memory.units import SMALLEST, Pieces, Unit
 from bagel.memory.work import Work
 from bagel.modeling import Bagel
@@ -150,9 +152,20 @@ def take_home(model: Bagel) -> None:
 
 
 def watch(supply: Supply, model: Bagel, vae: Autoencoder | None) -> None:
-    """Have the vision encoder and the autoencoder brought whenever they are called."""
+    """Have the vision encoder and the autoencoder brought whenever they are called, and stay until they are done."""
     if hasattr(model, "vit"):
-        model.vit.register_forward_pre_hook(lambda vit, args: supply.bring(vit, supply.work.seeing(args[0])))
+        _watch(supply, model.vit, model.vit, lambda x: supply.work.seeing(x))
     if vae is not None:
-        vae.encoder.register_forward_pre_hook(lambda _, args: supply.bring(vae, supply.work.encoding(args[0])))
-        vae.decoder.register_forward_pre_hook(lambda _, args: supply.bring(vae, supply.work.decoding(args[0])))
+        _watch(supply, vae.encoder, vae, lambda x: supply.work.encoding(x))
+        _watch(supply, vae.decoder, vae, lambda x: supply.work.decoding(x))
+
+
+def _watch(supply: Supply, module: nn.Module, guest: nn.Module, work: Callable[[Tensor], int]) -> None:
+    forward = module.forward
+
+    @functools.wraps(forward)
+    def run(x: Tensor, *rest: Any) -> Any:
+        with supply.using(guest, work(x)):
+            return forward(x, *rest)
+
+    module.forward = run

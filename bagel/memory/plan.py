@@ -7,9 +7,9 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from bagel.memory.choice import chosen, nbytes, needs
 from bagel.memory.errors import NotEnoughMemoryError
 from bagel.memory.placement import SLACK, experts_of, guests_of, tensors_of
-from bagel.memory.supply import chosen, nbytes, needs
 from bagel.memory.work import Request, Work
 from bagel.modeling import Bagel
 from bagel.vae import Autoencoder

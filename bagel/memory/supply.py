@@ -9,8 +9,8 @@ arrive for the next forward. Nothing is rounded or reordered: results are the sa
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
-from contextlib import closing, contextmanager
+from collections.abc import Callable, Generator, Iterator, Sequence
+from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any
 from weakref import WeakSet
@@ -18,16 +18,12 @@ from weakref import WeakSet
 import torch
 from torch import Tensor, nn
 
+from bagel.memory.choice import Experts, chosen, nbytes, needs, passing
 from bagel.memory.errors import NotEnoughMemoryError
 from bagel.memory.movers import GPUMover, HostMover, Mover
 from bagel.memory.units import Unit
 
-AHEAD = 4
-"""Slots that weights pass through: two for the layer that computes, one for each expert, and two for the next."""
 GIB = 2**30
-
-Experts = tuple[Unit, Unit | None]
-"""The weights of a layer's und expert, and of its gen expert where it has one."""
 
 
 @dataclass(eq=False)
@@ -40,11 +36,10 @@ class Slot:
 
 @dataclass(eq=False)
 class Placed:
-    """A unit on the device: in which slot, from which mark on its values are there, and the mark of their last use."""
+    """A unit on the device: in which slot, and from which mark on its values are there."""
 
     slot: Slot
     ready_from: Any
-    used_until: Any = None
 
 
 class Supply:
@@ -81,6 +76,8 @@ class Supply:
         self.order: tuple[Unit, ...] = ()
         self.stays: frozenset[Unit] = frozenset()
         self.latest: Unit | None = None  # guest
+        self.current: frozenset[Unit] = frozenset()
+        """Units that are being computed with: they stay, whatever else is asked for meanwhile."""
         self.passing = self.allowed = 0
         self.reached = 0
         self.moves = 0
@@ -93,16 +90,21 @@ class Supply:
     # What a model asks for --------------------------------------------------------------------------------------------
 
     @contextmanager
-    def through(self, layers: Sequence[nn.Module], und: int, gen: int) -> Iterator[Iterator[nn.Module]]:
+    def through(self, layers: Sequence[nn.Module], und: Tensor, gen: Tensor) -> Iterator[Iterator[nn.Module]]:
         """Give an iterator over the decoder's layers, each of which has its weights on the device while it is current.
 
         Args:
             layers: of the decoder.
-            und, gen: tokens that each expert gets.
+            und, gen: the tokens (T, H) that each expert gets.
 
         Raises:
             NotEnoughMemoryError: the limit is too small for so many tokens.
+            RuntimeError: gradients are wanted, for which the weights would have to be there a second time.
         """
+        if torch.is_grad_enabled() and any(
+            tensor.requires_grad for tensor in (und, gen, *(own for layer in layers for own in layer.parameters()))
+        ):
+            raise RuntimeError("a model within a limit of memory has no gradients: load it without memory=...")
         if self.device.type == "cuda" and torch.cuda.is_current_stream_capturing():
             yield iter(layers)  # what a graph was made of stays where it is, see `holds`
             return
@@ -111,24 +113,36 @@ class Supply:
                 raise RuntimeError("a model within a limit of memory cannot be called from within itself")
             self._busy = True
             try:
-                with closing(self._walk(layers, und, gen)) as walk:
+                with closing(self._walk(layers, len(und), len(gen))) as walk:
                     yield walk
             finally:
-                self._busy = False
+                self._busy, self.current = False, frozenset()
 
-    def bring(self, module: nn.Module, work: int = 0) -> None:
-        """Have the weights of a guest on the device, and room for so many bytes of its work; other guests leave."""
+    @contextmanager
+    def using(self, module: nn.Module, work: int = 0) -> Iterator[None]:
+        """Have the weights of a guest on the device, and room for so many bytes of its work; other guests leave.
+
+        Other threads wait meanwhile, lest they take the memory that is computed with.
+        """
         unit = self.guests.get(module)
         if unit is None or (self.device.type == "cuda" and torch.cuda.is_current_stream_capturing()):
+            yield
             return
         with self._lock:
-            self.latest = unit
-            wanted = work + (0 if unit in self.placed else unit.nbytes)
-            self._make_room(wanted, f"using the {unit.name}", using=unit)
-            if unit not in self.placed:
-                self.allowed = max(self.allowed, self._taken() + unit.nbytes)
-                self._place(unit)
-            self._wait(unit)
+            before, self.current = self.current, self.current | {unit}
+            try:
+                self._bring(unit, work)
+                yield
+            finally:
+                self.current = before
+
+    def _bring(self, unit: Unit, work: int) -> None:
+        self.latest = unit
+        self._make_room(work + (0 if unit in self.placed else unit.nbytes), f"using the {unit.name}")
+        if unit not in self.placed:
+            self.allowed = max(self.allowed, self._taken() + unit.nbytes)
+            self._place(unit)
+        self._wait(unit)
 
     def expect(self, und: int, gen: int) -> None:
         """Make room for a forward of so many tokens, whose inputs are made before it begins."""
@@ -163,22 +177,22 @@ class Supply:
         needed = [needs(experts, gen) for experts in self.layers]
         self._begin(tuple(unit for units in needed for unit in units), und, gen)
         for layer, units in zip(layers, needed, strict=True):
+            self.current = frozenset(units)
             for unit in units:
                 if unit not in self.placed:
-                    self._place(unit)
+                    self._place(unit, self._find_slot(unit) or self._slot_of_later(unit))
                 self._wait(unit)
             self._place_ahead()
             yield layer
-            used_until = self.mover.now()
+            self.current = frozenset()
             for unit in units:
                 self.reached += 1
-                self.placed[unit].used_until = used_until
                 if unit not in self.stays:
                     self._leave(unit)
             self._place_ahead()
 
     def _begin(self, order: tuple[Unit, ...], und: int, gen: int) -> None:
-        """Choose what stays on the device for forwards of this order, and let go of the rest."""
+        """Have what stays on the device for forwards of this order, and no more than may be there with it."""
         self.reached, work = 0, self.work(und, gen)
         if nbytes(order) > self._room(work) - nbytes(self._guests()):
             for guest in self._guests():
@@ -186,8 +200,17 @@ class Supply:
                     self._leave(guest)
         room = self._room(work) - nbytes(self._guests())
         spare = room - self.passing - nbytes(self.stays)
-        if order == self.order and spare >= 0 and (spare < GIB or len(self.stays) == len(order)):
-            return
+        if order != self.order or spare < 0 or (spare >= GIB and len(self.stays) < len(order)):
+            self._choose(order, room, und + gen, work)
+        self.allowed = nbytes(self.stays) + self.passing + nbytes(self._guests())
+        self._shrink(self.allowed)
+        for unit in self._later():
+            if self._taken() > self.allowed:
+                self._leave(unit)
+                self._shrink(self.allowed)
+
+    def _choose(self, order: tuple[Unit, ...], room: int, tokens: int, work: int) -> None:
+        """Choose what of an order stays on the device within so many bytes, and let go of the rest."""
         found = chosen(order, room)
         if found is None and self._guests():
             for guest in self._guests():
@@ -197,15 +220,13 @@ class Supply:
         if found is None:
             least = self.limit - room + passing(order, 2)
             raise NotEnoughMemoryError(
-                f"{und + gen} tokens at once need {least / GIB:.1f} GiB on {self.device}, more than the limit of "
+                f"{tokens} tokens at once need {least / GIB:.1f} GiB on {self.device}, more than the limit of "
                 f"{self.limit / GIB:.1f} GiB: give more with memory=..., or ask for fewer or smaller images at a time"
             )
         self.order, (self.stays, self.passing) = order, found
         kept = {*self.stays, *self.guests.values()}
         for unit in [unit for unit in self.placed if unit not in kept]:
             self._leave(unit)
-        self.allowed = nbytes(self.stays) + self.passing + nbytes(self._guests())
-        self._shrink(self.allowed)
 
     def _place_ahead(self) -> None:
         """Begin to copy the weights that are needed next, as far as there are slots."""
@@ -216,6 +237,21 @@ class Supply:
                 if slot is None:
                     return
                 self._place(unit, slot)
+
+    def _later(self) -> list[Unit]:
+        """Return what is on the device before it is needed, the last first."""
+        order = self.order[self.reached :] + self.order[: self.reached]
+        return [u for u in reversed(order) if u in self.placed and u not in self.stays and u not in self.current]
+
+    def _slot_of_later(self, unit: Unit) -> Slot | None:
+        """Return a slot for a unit that is needed now, in the place of what is needed later; None if there is none."""
+        slot = None
+        for later in self._later():
+            self._leave(later)
+            slot = slot or self._find_slot(unit)
+            if slot is not None:
+                break
+        return slot
 
     # Memory -----------------------------------------------------------------------------------------------------------
 
@@ -242,18 +278,18 @@ class Supply:
         if len(self.free) < before and self.device.type == "cuda":
             torch.cuda.empty_cache()  # or something small would take a slot's memory, which no slot could have again
 
-    def _make_room(self, wanted: int, doing: str, using: Unit | None = None) -> None:
+    def _make_room(self, wanted: int, doing: str) -> None:
         """Let go of weights until so many bytes are free."""
         room = self._room(wanted)
         self._shrink(room)
         for guest in self._guests():
-            if self._taken() > room and guest is not using:
+            if self._taken() > room and guest not in self.current:
                 self._leave(guest)
                 self._shrink(room)
         for unit in sorted(self.placed, key=lambda unit: unit in self.stays):
             if self._taken() <= room:
                 break
-            if unit is not using:
+            if unit not in self.current:
                 self._leave(unit)
                 self.order = ()  # what stays is to be chosen anew
                 self._shrink(room)
@@ -284,8 +320,10 @@ class Supply:
         try:
             self.mover.wait(self.placed[unit].ready_from)
         except BaseException:
-            for other in self.placed:
+            for other, placed in self.placed.items():
                 other.place(None)
+                with suppress(Exception):  # its slot must not go before what is being copied into it
+                    self.mover.wait(placed.ready_from)
             self.placed.clear()
             self.order, self.stays = (), frozenset()
             self.moves += 1
@@ -304,43 +342,4 @@ class Supply:
         self.mover.wait(placed.ready_from)
         unit.place(None)
         self.moves += 1
-        self.free.append(Slot(placed.slot.memory, placed.used_until or self.mover.now()))
-
-
-def needs(experts: Experts, gen: int) -> tuple[Unit, ...]:
-    """Return what a layer needs: the gen expert is not asked where it has no tokens."""
-    und_unit, gen_unit = experts
-    if not gen or gen_unit is None:
-        return (und_unit,)
-    return (und_unit, gen_unit)  # there are und tokens around every image
-
-
-def nbytes(units: Iterable[Unit]) -> int:
-    """Return the bytes that units take."""
-    return sum(unit.nbytes for unit in units)
-
-
-def passing(order: Sequence[Unit], slots: int = AHEAD) -> int:
-    """Return the bytes of the slots that weights of this order pass through."""
-    return sum(sorted((unit.nbytes for unit in order), reverse=True)[:slots])
-
-
-def chosen(order: Sequence[Unit], room: int) -> tuple[frozenset[Unit], int] | None:
-    """Return which units of an order stay within so many bytes, and the bytes of slots for the others.
-
-    Those that stay are spread evenly. None where not even two slots fit.
-    """
-    total = nbytes(order)
-    if total <= room:
-        return frozenset(order), 0
-    slots = next((slots for slots in range(AHEAD, 1, -1) if passing(order, slots) <= room), None)
-    if slots is None:
-        return None
-    share = (room - passing(order, slots)) / total
-    stays, kept, seen = set(), 0, 0
-    for unit in order:
-        seen += unit.nbytes
-        if kept + unit.nbytes <= seen * share:
-            stays.add(unit)
-            kept += unit.nbytes
-    return frozenset(stays), passing(order, slots)
+        self.free.append(Slot(placed.slot.memory, self.mover.now()))

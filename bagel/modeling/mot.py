@@ -224,7 +224,7 @@ class Decoder(nn.Module):
         if x.und.dtype == torch.float16:
             x = Streams(x.und.float(), x.gen.float())
         supply, (und, gen) = self.supply, x
-        with nullcontext(self.layers) if supply is None else supply.through(self.layers, len(und), len(gen)) as layers:
+        with nullcontext(self.layers) if supply is None else supply.through(self.layers, und, gen) as layers:
             for layer in layers:
                 x = layer(x, rotary, attend)
         return x
@@ -243,6 +243,5 @@ class Decoder(nn.Module):
         normed = self.norm(hidden).to(self.dtype)
         if self.lm_head is None:  # tied: the table of embeddings is the head
             return nn.functional.linear(normed, self.embed_tokens.weight).float()
-        if self.supply is not None:
-            self.supply.bring(self.lm_head)
-        return self.lm_head(normed).float()
+        with nullcontext() if self.supply is None else self.supply.using(self.lm_head):
+            return self.lm_head(normed).float()

@@ -13,7 +13,7 @@ from bagel.checkpoint.free_memory import free_bytes, host_free_bytes
 from bagel.kernels import has_bfloat16
 from bagel.memory import NotEnoughMemoryError, explain_out_of_memory
 from bagel.memory.placement import left_in_files, place
-from bagel.memory.plan import GIB, parse_bytes
+from bagel.memory.sizes import parse_bytes, said
 from bagel.memory.work import Request, Work
 from bagel.modeling import Bagel
 from bagel.modeling.stored.quantize import EXPERTS, converter, saved_bytes
@@ -109,8 +109,8 @@ def _load_within(
     if types["convert"] is not None and not on_host:
         room = limit if device.type == "cpu" else host_free_bytes()
         raise NotEnoughMemoryError(
-            f"quantised weights are kept in memory: {needed / GIB:.1f} GiB, and what computing takes, where there are "
-            f"{room / GIB:.1f} GiB; give more, quantise to fewer bits, or leave out quantize=..., so that weights are "
+            f"quantised weights are kept in memory: {said(needed)}, and what computing takes, where there are "
+            f"{said(room)}; give more, quantise to fewer bits, or leave out quantize=..., so that weights are "
             "read from their files"
         )
     leave = [] if on_host else sorted(left_in_files(model, types["dtype"]))

@@ -158,13 +158,13 @@ class BagelPipeline:
         return describe(self.model, self.vae)
 
     def __repr__(self) -> str:
+        from bagel.memory.plan import size_of
+
         model, vae = self.model, self.vae
         held = {"vision": model.config.visual_und, "generation": model.config.visual_gen, "autoencoder": vae}
-        count = sum(p.numel() for module in filter(None, (model, vae)) for p in module.parameters())
         return (
             f"BagelPipeline({', '.join(['decoder', *(name for name, part in held.items() if part)])}; "
-            f"{count:,} parameters; {str(self.dtype).removeprefix('torch.')} on {self.device}, "
-            f"attention {model.attention!r})"
+            f"{size_of(model, vae)}, on {self.device}; attention {model.attention!r})"
         )
 
     @property

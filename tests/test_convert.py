@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -21,8 +22,6 @@ from bagel.checkpoint import Checkpoint, CheckpointError, targets, verify_checks
 from bagel.checkpoint.convert import JOURNAL, NAMES, convert_checkpoint
 from bagel.checkpoint.export import official_tensors
 from bagel.cli import main
-from bagel.cli.convert import parse_size
-from bagel.cli.errors import UsageError
 from bagel.demo import CHECKPOINT
 
 ROOT = Path(__file__).parent.parent
@@ -365,24 +364,19 @@ def test_the_command_converts_and_its_result_answers(tmp_path, capsys):
     assert "bagel-q8_0.gguf: written and verified" in said.err
     assert said.out.startswith(f"{out}: ")
     assert main(["inspect", out]) == 0
-    assert "weights in the format gguf" in capsys.readouterr().out
+    text = capsys.readouterr().out
+    assert "weights in the format gguf" in text
+    stored, dense = (re.search(rf"all it has +{kind} +([\d.]+) MiB", text) for kind in ("as stored", "bfloat16"))
+    assert stored is not None
+    assert dense is not None
+    assert float(stored[1]) < 0.8 * float(dense[1])
+    assert "(memory=...; as stored; an image of 64x64, " in text
+    assert main(["inspect", "demo"]) == 0
+    assert "as stored" not in capsys.readouterr().out.replace("stored as", "")
     assert main(["convert", "demo", out, "--to", "int8"]) == 1
     assert "choose another folder" in capsys.readouterr().err
     assert main(["convert", "demo", str(tmp_path / "x"), "--to", "int8", "--shard", "many"]) == 2
-    assert "must be a size such as 4GB" in capsys.readouterr().err
-
-
-@pytest.mark.parametrize(
-    ("text", "size"), [("4GB", 4e9), ("500m", 5e8), ("1.5 GiB", 1.5 * 2**30), ("7", 7), ("2KB", 2e3)]
-)
-def test_sizes_are_read(text, size):
-    assert parse_size(text) == size
-
-
-@pytest.mark.parametrize("text", ["", "0", "GB", "4TB", "-1", "1e9"])
-def test_sizes_that_are_none_are_refused(text):
-    with pytest.raises(UsageError):
-        parse_size(text)
+    assert "--shard must be a size such as" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("to", ["dfloat11", "nf4", "int8", "float8", "gguf-q8_0"])

@@ -15,6 +15,7 @@ from small_model import IMAGE_TOKENS, latents, packed_of, small_model, text, vit
 from bagel import BagelPipeline
 from bagel.checkpoint import Checkpoint, CheckpointError
 from bagel.config import BagelConfig, ConfigError, DecoderConfig, VAEConfig, ViTConfig
+from bagel.demo import CHECKPOINT as DEMO
 from bagel.loading import choose_device
 from bagel.memory import is_out_of_memory
 from bagel.modeling import Bagel
@@ -144,14 +145,22 @@ def test_signature_of_edit_has_guidance_of_its_own():
 
 
 def test_repr_tells_parts_size_and_place(pipe):
-    count = sum(p.numel() for module in (pipe.model, pipe.vae) for p in module.parameters())
+    held = sum(t.nbytes for module in (pipe.model, pipe.vae) for t in (*module.parameters(), *module.buffers()))
     assert repr(pipe) == (
-        f"BagelPipeline(decoder, vision, generation, autoencoder; {count:,} parameters; float32 on cpu, "
-        "attention SDPA())"
+        f"BagelPipeline(decoder, vision, generation, autoencoder; {held / 2**20:.1f} MiB of weights in float32, "
+        "on cpu; attention SDPA())"
     )
     half = BagelPipeline.from_pretrained(TINY, device="cpu", dtype="bfloat16", visual_gen=False)
     assert repr(half).startswith("BagelPipeline(decoder, vision; ")
-    assert "bfloat16" in repr(half)
+    assert "in bfloat16, on" in repr(half)
+
+
+def test_repr_tells_how_weights_are_stored():
+    small = BagelPipeline.from_pretrained(DEMO, device="cpu", quantize="nf4")
+    dense = BagelPipeline.from_pretrained(DEMO, device="cpu")
+    assert "of weights in float32 and nf4, on" in repr(small)
+    size = [float(repr(pipe).partition("; ")[2].split()[0]) for pipe in (small, dense)]
+    assert size[0] < 0.5 * size[1]
 
 
 def test_latents_of_a_result_take_part_in_gradients(pipe):

@@ -3,23 +3,24 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from torch import nn
 
 from bagel.checkpoint.checkpoint import Checkpoint
 from bagel.checkpoint.errors import CheckpointError
 from bagel.checkpoint.files import TensorEntry, find_autoencoder, read_single
 from bagel.checkpoint.free_memory import free_places
-from bagel.checkpoint.keys import find_row, parameter_shapes
+from bagel.checkpoint.keys import find_row, targets
 from bagel.memory.plan import BUS, Planner
+from bagel.memory.sizes import GIB
+from bagel.memory.work import Request
 from bagel.modeling import Bagel
 from bagel.vae import Autoencoder
 
-GIB = 2**30
 LIMITS = (8, 12, 16, 24, 32, 48, 80)
 """GiB of GPUs that people have."""
 WORKING_SHARE = 0.15
@@ -161,26 +162,30 @@ def _fits(checkpoint: Checkpoint) -> list[str]:
         wanted["understanding half"] = dataclasses.replace(config, visual_gen=False, vae_config=None)
     places = free_places()
     header = "  ".join(f"{place}: {_size(free)} free" for place, free in places.items())
-    lines = [f"fits in memory? ({header})"]
+    lines = [f"fits in memory, whole? ({header})"]
+    kinds = {"bfloat16": (torch.bfloat16, True), "float32": (torch.float32, True)}
+    if checkpoint.weights.format != "safetensors":
+        kinds = {"as stored": (torch.bfloat16, False)} | kinds
     for name, part in wanted.items():
-        values = sum(math.prod(shape) for shape in parameter_shapes(part).values())
-        if part.visual_gen and checkpoint.vae is not None:
-            values += sum(entry.numel for entry in checkpoint.vae.entries.values())
-        for dtype in (torch.bfloat16, torch.float32):
-            nbytes = values * dtype.itemsize
+        held = dataclasses.replace(checkpoint, config=part, vae=checkpoint.vae if part.visual_gen else None)
+        for kind, (dtype, expand) in kinds.items():
+            nbytes = held.nbytes(dtype, dtype, expand=expand)
             answers = "  ".join(f"{place}: {_verdict(nbytes, free)}" for place, free in places.items())
-            lines.append(f"  {name:<20}{str(dtype).removeprefix('torch.'):<10}{_size(nbytes):>12}  {answers}")
+            lines.append(f"  {name:<20}{kind:<10}{_size(nbytes):>12}  {answers}")
     return lines
 
 
 def _limits(checkpoint: Checkpoint) -> list[str]:
-    """Say what limits of a GPU's memory mean for the exact model."""
+    """Say what limits of a GPU's memory mean for the model as it is loaded by default."""
     with torch.device("meta"):
         model = Bagel(checkpoint.config).to(torch.bfloat16)
         vae_config = checkpoint.config.vae_config if checkpoint.config.visual_gen else None
         vae = None if vae_config is None else Autoencoder(vae_config).to(torch.bfloat16)
-    planner = Planner(model, vae)
-    lines = ["within a limit (memory=...; bfloat16, the same bits; an image of 1024x1024, a text about an image)"]
+    _store(model, checkpoint)
+    planner = Planner(model, vae, torch.device("cuda"))
+    side = min(Request().side, checkpoint.config.max_latent_size * checkpoint.config.latent_downsample)
+    kind = "bfloat16" if checkpoint.weights.format == "safetensors" else "as stored"
+    lines = [f"on a GPU within a limit (memory=...; {kind}; an image of {side}x{side}, a text about an image)"]
     lines.append(
         f"  {'limit':>8}  {'drawing: stays':>14}  {'arrives each evaluation':>24}  {'writing: arrives each token':>28}"
     )
@@ -189,7 +194,20 @@ def _limits(checkpoint: Checkpoint) -> list[str]:
         lines.append(
             f"  {limit:>4} GiB  {_stays(plan.drawing):>14}  {_arrives(plan.drawing):>24}  {_arrives(plan.writing):>28}"
         )
-    return [*lines, f"  the times: copied at {BUS / 1e9:.0f} GB/s (PCIe 4), while others compute"]
+    return [*lines, f"  the times: copied at {BUS / 1e9:.0f} GB/s (PCIe 4), while others compute; results are the same"]
+
+
+def _store(model: Bagel, checkpoint: Checkpoint) -> None:
+    """Let linear layers on the meta device take the bytes that they do as stored, where they stay so."""
+    weights, sizes = checkpoint.weights, {}
+    for key, target in targets(checkpoint.config).items():
+        if weights.keeps(key):
+            sizes[target.parameter] = sizes.get(target.parameter, 0) + weights.entries[key].nbytes
+    for name, size in sizes.items():
+        owner, _, leaf = name.rpartition(".")
+        stored = nn.Parameter(torch.empty(size, dtype=torch.uint8, device="meta"), requires_grad=False)
+        if isinstance(model.get_submodule(owner), nn.Linear):
+            model.get_submodule(owner).register_parameter(leaf, stored)
 
 
 def _stays(found: tuple[int, int] | None) -> str:

@@ -147,7 +147,7 @@ def _understand(parser: ArgumentParser) -> None:
 
 
 def _inspect(parser: ArgumentParser) -> None:
-    parser.add_argument("folder", metavar="FOLDER", help="a checkpoint in the official layout")
+    parser.add_argument("folder", metavar="FOLDER", help=f"a checkpoint of any format, or {BUILT_IN}")
     parser.add_argument("--verify", action="store_true", help="also read every file and compare its checksum")
 
 
@@ -262,7 +262,11 @@ def _model(parser: ArgumentParser) -> None:
         metavar="FORMAT",
         help="store the decoder's weights in fewer bits: float8, int8, nf4, nf4-double or fp4 (lossy)",
     )
-    group.add_argument("--float8", action="store_true", help="8-bit floats where they cost little: faster, lossy")
+    group.add_argument(
+        "--float8",
+        action="store_true",
+        help="as --quantize float8, of the one expert that draws or answers: faster, lossy",
+    )
     group.add_argument("--attention", default="auto", help="auto, sdpa, fa3, flash or reference (default: auto)")
     group.add_argument(
         "--base", metavar="SOURCE", help="where to take what SOURCE lacks: configurations, tokenizer, VAE"

@@ -14,7 +14,7 @@ from bagel.cli.errors import UsageError
 from bagel.demo import CHECKPOINT
 from bagel.image import open_image
 from bagel.loading import choose_device, choose_dtype
-from bagel.memory.plan import parse_bytes
+from bagel.memory.sizes import parse_bytes
 from bagel.modeling.attention import check_backend
 from bagel.modeling.stored.quantize import check_format
 from bagel.options import make_options

@@ -3,37 +3,22 @@
 from __future__ import annotations
 
 import itertools
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import torch
+
 from bagel.memory.choice import chosen, nbytes, needs
 from bagel.memory.errors import NotEnoughMemoryError
-from bagel.memory.placement import SLACK, experts_of, guests_of, tensors_of
+from bagel.memory.placement import SLACK, experts_of, guests_of, weight_bytes
+from bagel.memory.sizes import GIB, said
 from bagel.memory.work import Request, Work
 from bagel.modeling import Bagel
+from bagel.modeling.linear import formats_of
 from bagel.vae import Autoencoder
 
-GIB = 2**30
-UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": GIB}
 BUS = 25e9
 """Bytes a second that a GPU gets from page-locked memory over sixteen lanes of PCIe 4; twice that with PCIe 5."""
-
-
-def parse_bytes(size: str | int) -> int:
-    """Return the bytes of a size such as "8GiB", "7.5 GB" or a number of bytes.
-
-    Raises:
-        ValueError: it cannot be understood, or is not positive.
-        TypeError: neither a text nor an integer.
-    """
-    if isinstance(size, bool) or not isinstance(size, str | int):
-        raise TypeError(f'memory must be a size such as "8GiB" or a number of bytes, got {size!r}')
-    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([a-z]*)\s*", str(size), re.IGNORECASE)
-    unit = UNITS.get(found.group(2).upper()) if found else None
-    if found is None or unit is None or float(found.group(1)) * unit < 1:
-        raise ValueError(f'memory must be a size such as "8GiB" or "7500MB", got {size!r}')
-    return int(float(found.group(1)) * unit)
 
 
 @dataclass(frozen=True)
@@ -67,7 +52,7 @@ class Plan:
 
     def sentence(self, *, bus: float = BUS) -> str:
         """Say what was chosen and what it costs; `bus` in bytes a second."""
-        size = f"{self.limit / GIB:.1f} GiB"
+        size = said(self.limit)
         if self.drawing is None and self.writing is None:
             return f"{size}: too little for this model"
         parts = []
@@ -76,7 +61,7 @@ class Plan:
                 parts.append(f"{what}: do not fit")
             elif found[1]:
                 parts.append(
-                    f"{what}: {found[0] / GIB:.1f} GiB of the experts stay, {found[1] / GIB:.1f} GiB arrive for each "
+                    f"{what}: {said(found[0])} of the experts stay, {said(found[1])} arrive for each "
                     f"{each}, in {found[1] / bus:.2f} s at {bus / 1e9:.0f} GB/s, while others compute"
                 )
             else:
@@ -90,15 +75,16 @@ class Planner:
     Args:
         model: its sizes count, not its values.
         vae: its autoencoder.
-        host_table: the table of embeddings stays on the host.
+        device: where it computes; beside a GPU the table of embeddings stays on the host.
     """
 
-    def __init__(self, model: Bagel, vae: Autoencoder | None, *, host_table: bool = True) -> None:
+    def __init__(self, model: Bagel, vae: Autoencoder | None, device: torch.device) -> None:
         self.layers, self.guests = experts_of(model), guests_of(model, vae)
         self.head = self.guests.get(model.decoder.lm_head) if model.decoder.lm_head is not None else None
         self.work, self.config = Work(model.config, model.dtype), model.config
-        self.weights = sum({id(tensor): tensor.nbytes for _, _, tensor in tensors_of(model, vae)}.values())
-        table = model.decoder.embed_tokens.weight.nbytes if host_table and self.head is not None else 0
+        self.weights, on_gpu = weight_bytes(model, vae), device.type == "cuda"
+        self.slack = SLACK if on_gpu else 0
+        table = model.decoder.embed_tokens.weight.nbytes if on_gpu and self.head is not None else 0
         moving = [unit for unit in itertools.chain(*self.layers) if unit is not None]
         self.fixed = self.weights - table - nbytes([*moving, *self.guests.values()])
 
@@ -119,12 +105,12 @@ class Planner:
     def _drawing(self, limit: int, request: Request) -> tuple[int, int] | None:
         if not self.config.visual_gen:
             return None
-        room = limit - SLACK - self.fixed - self.work.drawing(request)
+        room = limit - self.slack - self.fixed - self.work.drawing(request)
         return _split([unit for experts in self.layers for unit in needs(experts, 1)], room)
 
     def _writing(self, limit: int, request: Request) -> tuple[int, int] | None:
         head = 0 if self.head is None else self.head.nbytes
-        room = limit - SLACK - self.fixed - self.work.writing(request) - head
+        room = limit - self.slack - self.fixed - self.work.writing(request) - head
         found = _split([experts[0] for experts in self.layers], room)
         return None if found is None else (found[0] + head, found[1])
 
@@ -134,7 +120,13 @@ def describe(model: Bagel, vae: Autoencoder | None) -> str:
     supply = model.decoder.supply
     if supply is None:
         return f"all weights stay on {model.device}"
-    return Planner(model, vae, host_table=model.device.type == "cuda").plan(supply.limit).sentence()
+    return Planner(model, vae, model.device).plan(supply.limit).sentence()
+
+
+def size_of(model: Bagel, vae: Autoencoder | None) -> str:
+    """Return the size of a model's weights and how they are stored: "9.0 GiB of weights in bfloat16 and nf4", say."""
+    types = [str(model.dtype).removeprefix("torch."), *formats_of(model)]
+    return f"{said(weight_bytes(model, vae))} of weights in {' and '.join(types)}"
 
 
 def _split(order: Sequence, room: int) -> tuple[int, int] | None:

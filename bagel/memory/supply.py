@@ -21,9 +21,8 @@ from torch import Tensor, nn
 from bagel.memory.choice import Experts, chosen, nbytes, needs, passing
 from bagel.memory.errors import NotEnoughMemoryError
 from bagel.memory.movers import GPUMover, HostMover, Mover
+from bagel.memory.sizes import GIB, said
 from bagel.memory.units import Unit
-
-GIB = 2**30
 
 
 @dataclass(eq=False)
@@ -219,10 +218,7 @@ class Supply:
             found = chosen(order, room)
         if found is None:
             least = self.limit - room + passing(order, 2)
-            raise NotEnoughMemoryError(
-                f"{tokens} tokens at once need {least / GIB:.1f} GiB on {self.device}, more than the limit of "
-                f"{self.limit / GIB:.1f} GiB: give more with memory=..., or ask for fewer or smaller images at a time"
-            )
+            raise self._too_little(f"computing {tokens} tokens at once", least)
         self.order, (self.stays, self.passing) = order, found
         kept = {*self.stays, *self.guests.values()}
         for unit in [unit for unit in self.placed if unit not in kept]:
@@ -295,10 +291,13 @@ class Supply:
                 self._shrink(room)
         if self._taken() > room:
             least = self.limit - room + self._taken()
-            raise NotEnoughMemoryError(
-                f"{doing} needs {least / GIB:.1f} GiB on {self.device}, more than the limit of "
-                f"{self.limit / GIB:.1f} GiB: give more with memory=..., or ask for fewer or smaller images at a time"
-            )
+            raise self._too_little(doing, least)
+
+    def _too_little(self, doing: str, least: int) -> NotEnoughMemoryError:
+        return NotEnoughMemoryError(
+            f"{doing} needs {said(least)} on {self.device}, more than the limit of {said(self.limit)}: give more with "
+            "memory=..., or ask for fewer or smaller images at a time"
+        )
 
     def _find_slot(self, unit: Unit) -> Slot | None:
         """Return a slot for a unit: a free one of its size, or a new one where that is allowed; None otherwise."""

@@ -42,10 +42,11 @@ class Work:
         return (und + gen) * width * self.size + 64 * MIB
 
     def drawing(self, request: Request) -> int:
-        """Return what drawing takes, caches included; nothing for a model that cannot."""
+        """Return what drawing takes, caches included, at most the largest image; nothing for a model that cannot."""
         if not self.config.visual_gen:
             return 0
-        tokens = request.branches * (request.side // self.config.latent_downsample) ** 2
+        step, cells = self.config.latent_downsample, self.config.max_latent_size
+        tokens = request.branches * min(request.side // step, cells) ** 2
         return self(2 * request.branches, tokens) + (tokens + request.branches * request.context) * self.token
 
     def writing(self, request: Request) -> int:

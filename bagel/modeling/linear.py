@@ -81,3 +81,8 @@ def apply(linear: Any, x: Tensor | Rows, *, add: Tensor | None = None) -> Tensor
 def is_exact(model: nn.Module) -> bool:
     """Tell whether every stored weight of a model is what was loaded."""
     return all(getattr(module, "exact", True) for module in model.modules())
+
+
+def formats_of(model: nn.Module) -> list[str]:
+    """Return the names of the formats in which a model stores weights of linear layers, beside dense ones."""
+    return sorted({getattr(module, "format", "") for module in model.modules()} - {"", "stacked"})

@@ -28,6 +28,9 @@ from bagel.vae import Autoencoder
 SLACK = 384 * 2**20
 """Bytes of a GPU left free for what torch's allocator cannot use between its blocks."""
 
+PROCESS = 2**30
+"""Bytes that a process takes beside weights on a CPU: Python, torch, pages of files."""
+
 
 def left_in_files(model: Bagel, dtype: torch.dtype, *, smallest: int = SMALLEST) -> list[str]:
     """Return the names of the parameters that may be read from files each time: the experts' matrices and the head.
@@ -126,7 +129,8 @@ def place(
                 tensor.data = tensor.data.to(device)
             else:
                 owner._buffers[leaf] = tensor.to(device)
-    work, slack = Work(model.config, model.dtype), SLACK if device.type == "cuda" else 0
+    work = Work(model.config, model.dtype)
+    slack = SLACK if device.type == "cuda" else min(PROCESS, limit // 10) if pieces else 0
     supply = Supply(device, layers, guests, limit=limit, fixed=fixed, work=work, slack=slack)
     if device.type == "cuda" and pieces:
         supply.mover = FileMover(device)

@@ -387,6 +387,10 @@ BEHIND = {
         "can_expand": "asks `kernel_of` first, and is called for a GPU",
         "expand_dfloat11": "called where `can_expand` allows it",
     },
+    "bagel/kernels/cuda_nf4.py": {
+        name: "called by `triton_nf4`, which is there for a GPU"
+        for name in ("multiply", "room", "at_once", "processors")
+    },
     "bagel/modeling/graphs.py": {
         "GraphMemory.capture": "called where `can_capture` allows it",
         "_captured": "called by `GraphMemory.capture`",

@@ -21,6 +21,7 @@ from bagel.checkpoint import CheckpointError
 from bagel.demo import CHECKPOINT as DEMO
 from bagel.memory import NotEnoughMemoryError
 from bagel.memory.choice import chosen, nbytes, passing
+from bagel.memory.movers import OrderlyMover, mover_for
 from bagel.memory.placement import experts_of, place, weight_bytes
 from bagel.memory.plan import Planner, Request
 from bagel.memory.sizes import GIB, parse_bytes
@@ -109,6 +110,13 @@ def test_a_text_leaves_out_the_gen_experts():
     pipe.understand(PHOTO, "What is it?", max_new_tokens=3, progress=False)
     supply = pipe.model.decoder.supply
     assert not [pair[1] for pair in supply.layers if pair[1] in supply.placed]
+
+
+def test_a_device_with_one_queue_of_its_own():
+    pipe = limited("tiny", 0.1)
+    pipe.model.decoder.supply.mover = mover_for(torch.device("mps"))
+    assert isinstance(pipe.model.decoder.supply.mover, OrderlyMover)
+    assert same(results(pipe), results(load_pipeline("tiny")))
 
 
 def test_an_error_half_way_leaves_nothing_wrong():

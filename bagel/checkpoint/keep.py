@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from bagel.checkpoint.sources import dfloat11 as units
 from bagel.checkpoint.sources import gguf as gguf_source
 from bagel.formats import fp8, gguf, int8, nf4
-from bagel.modeling.float8 import CAPABILITY, Float8Linear
+from bagel.modeling.float8 import Float8Linear, can_multiply
 from bagel.modeling.linear import Linear
 from bagel.modeling.stored.dfloat11 import DFloat11Linear
 from bagel.modeling.stored.gguf import GGUFLinear
@@ -75,7 +75,7 @@ def _layer(part: Any, bias: nn.Parameter | None, device: torch.device) -> nn.Mod
 def _scaled(weight: fp8.Scaled, bias: nn.Parameter | None) -> nn.Module:
     """Return the layer that rounds its inputs to 8 bits too, if the file allows it and this device is faster so."""
     values, layer = weight.values, ScaledLinear(weight, bias)
-    able = not values.is_cuda or torch.cuda.get_device_capability(values.device) >= CAPABILITY
+    able = can_multiply(values.device)
     fits = values.dtype == fp8.FLOAT8 and not weight.blockwise and not any(side % 16 for side in values.shape)
     if weight.products and able and fits:
         return Float8Linear.stored(layer.weight, layer.scale, bias)

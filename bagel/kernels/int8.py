@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import torch
 from torch import Tensor
 
@@ -38,10 +40,16 @@ def _exact(x: Tensor, weight: Tensor) -> Tensor:
     """Return the product (T, out) int32 of integers (T, in) and (out, in)."""
     if x.device.type == "cpu":
         return torch.ops.aten._int_mm(x, weight.t())
-    if x.is_cuda and all(side % 8 == 0 for side in weight.shape):
+    if x.is_cuda and all(side % 8 == 0 for side in weight.shape) and _multiplies_integers(x.device):
         padded = torch.nn.functional.pad(x, (0, 0, 0, max(0, 32 - x.shape[0])))  # it takes no fewer than 17 rows
         return torch.ops.aten._int_mm(padded, weight.t())[: x.shape[0]]
     return _in_floats(x, weight)
+
+
+@functools.cache
+def _multiplies_integers(gpu: torch.device) -> bool:
+    """Whether torch's integer product runs on a GPU: NVIDIA's from Turing on."""
+    return torch.version.hip is None and torch.cuda.get_device_capability(gpu) >= (7, 5)
 
 
 def _in_floats(x: Tensor, weight: Tensor) -> Tensor:

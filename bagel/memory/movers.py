@@ -74,7 +74,7 @@ class FileMover(GPUMover):
 
 
 class HostMover:
-    """Reads by a thread, for devices that compute while the CPU waits: what is computed now has been computed."""
+    """Reads by a thread, for the CPU itself: what was computed until now has been computed."""
 
     def __init__(self) -> None:
         self.thread = ThreadPoolExecutor(1, thread_name_prefix="weights")
@@ -90,3 +90,24 @@ class HostMover:
         """Wait, and raise what went wrong in reading."""
         if mark is not None:
             mark.result()
+
+
+class OrderlyMover:
+    """Fills memory at once, for other devices: their copies wait in one queue with what they compute."""
+
+    def start(self, fill: Callable[[Tensor], None], memory: Tensor, after: None) -> None:
+        """Fill memory."""
+        fill(memory)
+
+    def now(self) -> None:
+        """Return None: what follows in the queue comes later."""
+
+    def wait(self, mark: None) -> None:
+        """Go on."""
+
+
+def mover_for(device: torch.device) -> Mover:
+    """Return the mover of a device."""
+    if device.type == "cuda":
+        return GPUMover(device)
+    return HostMover() if device.type == "cpu" else OrderlyMover()

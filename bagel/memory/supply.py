@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from bagel.memory.choice import Experts, chosen, nbytes, needs, passing
 from bagel.memory.errors import NotEnoughMemoryError
-from bagel.memory.movers import GPUMover, HostMover, Mover
+from bagel.memory.movers import Mover, mover_for
 from bagel.memory.sizes import GIB, said
 from bagel.memory.units import Unit
 
@@ -67,7 +67,7 @@ class Supply:
     ) -> None:
         self.device, self.layers, self.guests = device, tuple(layers), guests
         self.limit, self.fixed, self.work, self.slack = limit, fixed, work, slack
-        self.mover: Mover = GPUMover(device) if device.type == "cuda" else HostMover()
+        self.mover: Mover = mover_for(device)
         self.caches: WeakSet[Any] = WeakSet()
         """What holds keys and values on the device, each with `keys` and `values`."""
         self.placed: dict[Unit, Placed] = {}

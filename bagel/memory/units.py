@@ -52,7 +52,7 @@ class Part:
         """Copy the values into a slot."""
         place = self.view(memory)
         if not self.pieces:
-            place.copy_(self.home, non_blocking=True)
+            place.copy_(self.home, non_blocking=place.is_cuda)
         for piece in self.pieces:
             step = max(1, READ_BYTES * piece.rows // max(self.home.nbytes, 1))
             for first in range(0, piece.rows, step):
@@ -60,7 +60,7 @@ class Part:
                 found = piece.read(first, first + rows.shape[0])
                 if place.is_cuda:  # through page-locked memory, which torch keeps until the copy is done
                     found = torch.empty_like(found, dtype=place.dtype, pin_memory=True).copy_(found)
-                rows.copy_(found, non_blocking=True)
+                rows.copy_(found, non_blocking=place.is_cuda)
 
     def set(self, tensor: Tensor) -> None:
         """Let the module use a tensor."""

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from bagel.formats import fp8
 from bagel.kernels import Rounding, Rows, find
+from bagel.modeling.float8 import can_multiply
 from bagel.modeling.stored.expanded import multiply_expanded
 
 
@@ -68,4 +69,4 @@ ScaledLinear.contract = ScaledLinear
 
 def _kernels_take(weight: Tensor) -> bool:
     """Whether kernels on this GPU convert values of this type."""
-    return weight.dtype == torch.int8 or torch.cuda.get_device_capability(weight.device) >= (8, 9)
+    return weight.dtype == torch.int8 or can_multiply(weight.device)

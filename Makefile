@@ -1,4 +1,4 @@
-# From a fresh clone to pictures and tests; needs Python 3.11 or newer. The first call installs, later ones are quick.
+# From a fresh clone to images and tests; needs Python 3.11 or newer. The first call installs, later ones are quick.
 
 PYTHON ?= python3
 VENV ?= .venv

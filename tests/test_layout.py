@@ -19,7 +19,6 @@ ORDER = (
     "processor",
     "formats",
     "kernels",
-    "formats",
     "parameters",
     "embedding",
     "vit",

@@ -27,7 +27,7 @@ from bagel.formats import dfloat11
 from bagel.formats.dfloat11 import Piece, cut, encode, limits_of
 from bagel.kernels import Rows, cuda_dfloat11, expand_dfloat11, nvrtc
 from bagel.modeling.linear import Linear, is_exact
-from bagel.modeling.stored.dfloat11 import DFloat11Embedding, DFloat11Linear
+from bagel.modeling.stored.dfloat11 import DFloat11Linear
 
 RANGES = [(0, 1, 0, 1), (1 / 3, 1, 0, 1), (0, 1, 1 / 3, 1 / 2), (1 / 7, 8 / 9, 0.01, 0.98)]
 """Of the weights a piece, and of those what is expanded, in parts of the whole."""
@@ -226,13 +226,6 @@ def test_layers_of_other_types_are_refused():
         DFloat11Linear.of(nn.Linear(8, 8))
 
 
-def test_an_embedding_looks_up_what_the_dense_one_does():
-    dense = nn.Embedding(700, 33).bfloat16().requires_grad_(False)
-    table = DFloat11Embedding.of(dense)
-    for ids in (torch.tensor([[5, 699], [5, 0]]), torch.tensor([3]), torch.zeros(0, dtype=torch.long)):
-        assert same(table(ids), dense(ids))
-
-
 @torch.no_grad()
 def test_a_model_of_compressed_layers_computes_the_same():
     torch.manual_seed(0)
@@ -243,7 +236,6 @@ def test_a_model_of_compressed_layers_computes_the_same():
     found = [name for name, part in model.decoder.named_modules() if type(part) is Linear]
     for name in found:
         model.decoder.set_submodule(name, DFloat11Linear.of(model.decoder.get_submodule(name)))
-    model.decoder.embed_tokens = DFloat11Embedding.of(dense.decoder.embed_tokens)
     assert len(found) > 8
     assert is_exact(model)
     wanted, seen = {}, {}

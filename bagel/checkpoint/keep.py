@@ -16,7 +16,7 @@ from bagel.modeling.float8 import Float8Linear, can_multiply
 from bagel.modeling.linear import Linear
 from bagel.modeling.stored.dfloat11 import DFloat11Linear
 from bagel.modeling.stored.gguf import GGUFLinear
-from bagel.modeling.stored.nf4 import FP4Linear, NF4DoubleLinear, NF4Linear
+from bagel.modeling.stored.nf4 import layer_of
 from bagel.modeling.stored.scaled import ScaledLinear
 from bagel.modeling.stored.stacked import StackedLinear
 
@@ -61,9 +61,7 @@ def _layer(part: Any, bias: nn.Parameter | None, device: torch.device) -> nn.Mod
             # Inputs are not rounded: those of a trained model have channels that a scale per token would round away.
             return ScaledLinear(fp8.Scaled(part.values.to(device), part.scale.to(device)), bias)
         case nf4.Blocks():
-            nested = isinstance(part.absmax, nf4.Nested)
-            kind = FP4Linear if part.kind == "fp4" else NF4DoubleLinear if nested else NF4Linear
-            return kind(part, bias).to(device)
+            return layer_of(part, bias).to(device)
         case units.UnitRange():
             return DFloat11Linear(part.opened.piece(part.names), part.shape[0], bias).to(device)
     layer = Linear(part.shape[1], part.shape[0], bias=False, device="meta")

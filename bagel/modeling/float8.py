@@ -18,6 +18,7 @@ from bagel.kernels import Rounding, Rows, round_rows
 from bagel.modeling.bagel import Bagel
 from bagel.modeling.linear import is_exact
 from bagel.modeling.mot import DecoderLayer
+from bagel.modeling.stored.expanded import multiply_one
 
 FORMAT = torch.float8_e4m3fn
 ROUNDING = Rounding(FORMAT, largest=torch.finfo(FORMAT).max, tiny=1e-12)
@@ -66,9 +67,7 @@ class Float8Linear(nn.Module):
         if isinstance(x, Rows) and x.values.dtype != FORMAT:  # of a float16 model, whose products are scaled
             x = x.values.to(x.dtype) * x.scale
         if not isinstance(x, Rows) and x.shape[0] == 1 and (kernel := kernels.find("matrix_times_vector", x)):
-            plus = add if add is not None and add.dtype == x.dtype else None
-            y = kernel(x, self.weight, scale=self.scale, bias=self.bias, plus=plus)
-            return y if add is None or plus is not None else add + y
+            return multiply_one(kernel, self, x, add=add)
         y = self._product(x if isinstance(x, Rows) else round_rows(x, ROUNDING))
         return y if add is None else add + y
 

@@ -33,11 +33,7 @@ class Linear(nn.Linear):
 
         `Rows` come from a float16 model, whose products are scaled: the result is float32 then.
         """
-        if isinstance(x, Rows):
-            y = F.linear(x.values, self.weight).to(x.dtype) * x.scale
-            y = y if self.bias is None else y + self.bias
-            return y if add is None else add + y
-        return kernels.linear(x, self.weight, self.bias, add=add)
+        return multiply(x, self.weight, self.bias, add=add)
 
     def dense(self, dtype: torch.dtype | None = None) -> Tensor:
         """Return the weight (out, in) that the layer multiplies by, in a floating-point type."""
@@ -57,6 +53,15 @@ class Float32Linear(Linear):
         """Map x (T, in) to (T, out) float32."""
         y = F.linear(x.float(), self.weight.float(), None if self.bias is None else self.bias.float())
         return y if add is None else add + y
+
+
+def multiply(x: Tensor | Rows, weight: Tensor, bias: Tensor | None, *, add: Tensor | None) -> Tensor:
+    """Return x (T, in) times a weight (out, in), plus a bias and `add`, as `Linear` does."""
+    if isinstance(x, Rows):
+        y = F.linear(x.values, weight).to(x.dtype) * x.scale
+        y = y if bias is None else y + bias
+        return y if add is None else add + y
+    return kernels.linear(x, weight, bias, add=add)
 
 
 # A class inherits its parent's `contract`, which then names another class: what inherits makes no promises.

@@ -22,6 +22,7 @@ from bagel.formats import int8
 from bagel.formats.int8 import CHUNK, LARGEST, Integers
 from bagel.kernels import Rounding, Rows, round_rows, turn
 from bagel.kernels.int8 import integer_product
+from bagel.modeling.stored.expanded import multiply_one
 
 TINY = 1e-12
 """The smallest scale of a token."""
@@ -77,9 +78,7 @@ class Int8Linear(nn.Module):
         if isinstance(x, Rows) and x.values.dtype != torch.int8:  # of a float16 model, whose products are scaled
             x = x.values.to(x.dtype) * x.scale
         if not isinstance(x, Rows) and x.shape[0] == 1 and (kernel := kernels.find("matrix_times_vector", x)):
-            plus = add if add is not None and add.dtype == x.dtype else None
-            y = kernel(turn(x, self.turn), self.weight, scale=self.scale, bias=self.bias, plus=plus)
-            return y if add is None or plus is not None else add + y
+            return multiply_one(kernel, self, turn(x, self.turn), add=add)
         rows = x if isinstance(x, Rows) else round_rows(x, self.takes)
         return integer_product(rows, self.weight, self.scale, self.bias, add=add)
 

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from bagel.formats import fp8
 from bagel.kernels import Rounding, Rows, find
 from bagel.modeling.float8 import can_multiply
-from bagel.modeling.stored.expanded import multiply_expanded
+from bagel.modeling.stored.expanded import multiply_expanded, multiply_one
 
 
 class ScaledLinear(nn.Module):
@@ -50,9 +50,7 @@ class ScaledLinear(nn.Module):
         kernel = find("matrix_times_vector", x, narrow=True)
         if kernel is None or not _kernels_take(self.weight):
             return multiply_expanded(self, x, add=add)
-        plus = add if add is not None and add.dtype == x.dtype else None
-        y = kernel(x, self.weight, scale=self.scale, bias=self.bias, plus=plus)
-        return y if add is None or plus is not None else add + y
+        return multiply_one(kernel, self, x, add=add)
 
     def dense(self, dtype: torch.dtype | None = None, *, rows: slice | None = None) -> Tensor:
         """Return the weight (out, in), or some of its rows, that the layer multiplies by; float32 by default."""

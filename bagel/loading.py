@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -49,6 +49,7 @@ def load_parts(
 ) -> tuple[Bagel, Autoencoder | None, Tokenizer]:
     """Return model, autoencoder and tokenizer of a folder or Hub id; arguments as `BagelPipeline.from_pretrained`."""
     limit = None if memory is None else parse_bytes(memory)
+    parts = _check_changes(quantize, quantize_parts, convert)
     device = choose_device(device)
     dtype = choose_dtype(dtype, device)
     vae_dtype = choose_vae_dtype(vae_dtype, dtype, device)
@@ -73,10 +74,9 @@ def load_parts(
     ):
         needed = checkpoint.nbytes(dtype, vae_dtype, expand=expand)
         if quantize is not None:
-            if convert is not None:
-                raise ValueError("give quantize or convert, not both")
-            convert = converter(quantize, parts=quantize_parts, layers=len(model.decoder.layers))
-            needed -= saved_bytes(model, dtype, quantize, quantize_parts)
+            convert = converter(quantize, parts=parts, layers=len(model.decoder.layers))
+            kept = () if expand else checkpoint.kept_linears()
+            needed -= saved_bytes(model, dtype, quantize, parts, kept=kept)
         types = {"dtype": dtype, "vae_dtype": vae_dtype, "expand": expand, "convert": convert}
         if limit is None and (free := free_bytes(device)) is not None:
             limit = free - (OUTSIDE if device.type == "cuda" else 0)
@@ -85,6 +85,33 @@ def load_parts(
         else:
             _load_within(limit, checkpoint, model, vae, device, needed, types)
     return model.eval().requires_grad_(False), None if vae is None else vae.eval().requires_grad_(False), tokenizer
+
+
+def _check_changes(quantize: str | None, parts: Sequence[str], convert: Convert | None) -> tuple[str, ...]:
+    """Return the parts to quantise, once all is known to be right: before anything is fetched or read.
+
+    Raises:
+        ValueError: an unknown format or part, or both ways to change layers at once.
+        TypeError: something of another type.
+    """
+    for name, value in (("quantize", quantize), *(("quantize_parts", part) for part in _several(parts))):
+        if value is not None and not isinstance(value, str):
+            raise TypeError(f"{name} must be text, got {type(value).__name__} {value!r}")
+    if convert is not None and not callable(convert):
+        raise TypeError(f"convert must be called as convert(name, linear), got {type(convert).__name__} {convert!r}")
+    if quantize is not None:
+        if convert is not None:
+            raise ValueError("give quantize or convert, not both")
+        converter(quantize, parts=_several(parts), layers=1)
+    return _several(parts)
+
+
+def _several(parts: Sequence[str]) -> tuple[str, ...]:
+    if isinstance(parts, str):
+        return (parts,)
+    if not isinstance(parts, Iterable):
+        raise TypeError(f"quantize_parts must be names of parts, got {type(parts).__name__} {parts!r}")
+    return tuple(parts)
 
 
 def _load_within(

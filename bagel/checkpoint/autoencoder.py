@@ -49,8 +49,11 @@ def resolve_vae_config(weights: TensorFiles, stated: Stated) -> tuple[VAEConfig,
 def _wanted(config: VAEConfig, weights: TensorFiles) -> Shapes:
     try:
         return autoencoder_shapes(config)
-    except (ValueError, RuntimeError) as error:
-        raise CheckpointError(f"{weights.files[0]} has sizes that no autoencoder has: {error}") from error
+    except (ValueError, RuntimeError, TypeError, OverflowError) as error:  # torch has several for what is too large
+        reason = str(error).partition("\n")[0]
+        raise CheckpointError(
+            f"{weights.files[0]}, or what is said of it, has sizes that no autoencoder has: {reason}"
+        ) from error
 
 
 def check_shapes(weights: TensorFiles | Source, wanted: Shapes, hint: str = "") -> None:

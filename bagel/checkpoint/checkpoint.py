@@ -11,8 +11,17 @@ import torch
 
 from bagel.checkpoint.autoencoder import check_shapes, resolve_vae_config
 from bagel.checkpoint.errors import CheckpointError
-from bagel.checkpoint.files import JOURNAL, OFFICIAL, TensorFiles, find_autoencoder, has_tokenizer, read_single
-from bagel.checkpoint.keys import official_shapes
+from bagel.checkpoint.files import (
+    JOURNAL,
+    OFFICIAL,
+    TensorFiles,
+    find_autoencoder,
+    has_tokenizer,
+    instead_of_file,
+    path_of,
+    read_single,
+)
+from bagel.checkpoint.keys import official_shapes, targets
 from bagel.checkpoint.load import Convert, load_autoencoder, load_model, pieces_of
 from bagel.checkpoint.measure import measure
 from bagel.checkpoint.resolve import Resolver
@@ -163,16 +172,21 @@ class Checkpoint:
             found += entry.nbytes if kept else entry.numel * dtype.itemsize
         return found
 
+    def kept_linears(self) -> frozenset[str]:
+        """Return the names of the linear layers whose weights `load` keeps as they are stored, unless it expands."""
+        kept = [target.parameter for key, target in targets(self.config).items() if self.weights.keeps(key)]
+        return frozenset(name.removesuffix(".weight") for name in kept)
+
     def pieces(self, parameter: str) -> list[Piece]:
         """Return where the rows of one of the model's parameters are in the files, for those that `load` has left."""
         return pieces_of(self.weights, self.config, parameter)
 
 
 def _folder(source: str | Path) -> Path:
-    place = Path(source).expanduser()
+    place = path_of(source, "a checkpoint's folder")
     if not place.is_dir():
         if place.is_file():
-            raise CheckpointError(f"{place} is a file; name the folder that holds it")
+            raise CheckpointError(f"{place} is a file; {instead_of_file(place)}")
         raise CheckpointError(
             f"{place} does not exist; check its spelling, or fetch a checkpoint: hf download {OFFICIAL} "
             f"--local-dir {place}"

@@ -179,12 +179,23 @@ def quoted(names: list[str], limit: int = 5) -> str:
     return ", ".join(names[:limit]) + more
 
 
+def path_of(name: object, what: str) -> Path:
+    """Return a path that a user gave; raises TypeError for what is none, CheckpointError for an empty one."""
+    if not isinstance(name, str | Path):
+        raise TypeError(f"{what} must be a path, got {type(name).__name__} {name!r}")
+    if not str(name):
+        raise CheckpointError(f"{what} is empty; give the path of a folder")
+    return Path(name).expanduser()
+
+
 def choose_weights(folder: Path, name: str | None = None) -> list[Path]:
     """Return the file of the model's weights in a folder, or its index, or the several that hold DFloat11 units.
 
     Without a name: `ema.safetensors`, `model.safetensors`, `model_bf16.safetensors`, then an index with its shards,
     then the only file there is. Raises CheckpointError for pickles, a choice to be made, and folders without weights.
     """
+    if name is not None and not isinstance(name, str):
+        raise TypeError(f"weights must be the name of a file, got {type(name).__name__} {name!r}")
     file = folder / name if name else _choose(folder)
     if isinstance(file, list):
         return file
@@ -244,6 +255,16 @@ def _with_units(file: Path) -> Path | list[Path]:
     several = [file.parent / name for name in names if name.endswith(".safetensors")]
     has_units = any(key.endswith(UNIT_KEY) for other in several for key in read_header(other)[0])
     return several if has_units and len(several) > 1 else file
+
+
+def instead_of_file(file: Path) -> str:
+    """Say how a checkpoint is named by whoever named its file of weights."""
+    if file.name.endswith(READABLE):
+        return (
+            f"name the folder that holds it, {file.parent}, and the file with weights={file.name!r} (--weights "
+            f"{file.name}); what that folder lacks of configuration, tokenizer and autoencoder comes from base=..."
+        )
+    return "name the folder that holds it"
 
 
 def refuse_pickle(file: Path) -> None:

@@ -21,6 +21,7 @@ from bagel.checkpoint.files import (
     WEIGHT_NAMES,
     find_autoencoder,
     has_tokenizer,
+    instead_of_file,
     quoted,
     refuse_pickle,
     weight_files,
@@ -75,7 +76,7 @@ def resolve_source(
     if str(source) and place.is_dir():
         return place
     if place.is_file():
-        raise CheckpointError(f"{place} is a file; name the folder that holds it")
+        raise CheckpointError(f"{place} is a file; {instead_of_file(place)}")
     if isinstance(source, Path) or not HUB_ID.fullmatch(source):
         raise CheckpointError(
             f"{str(source)!r} is neither an existing folder nor a Hub id (such as {OFFICIAL}); check its spelling"

@@ -227,6 +227,8 @@ class _Loader:
             self.filled.pop(f"{name}.{leaf}", None)
         with self._explaining():
             made = self.convert(name, linear)
+        if not isinstance(made, nn.Module):
+            raise TypeError(f"convert must return a module in the place of {name}, got {type(made).__name__}")
         if made is not linear:
             self.module.set_submodule(name, made)
 

@@ -52,6 +52,8 @@ def measure(shapes: Mapping[str, tuple[int, ...]]) -> Measured:
         if found is None:
             continue
         row, layer = found
+        if layer is not None and layer >= len(shapes):
+            continue  # no such layer: it is named as unknown by whoever checks keys
         if layer is not None:
             stack = key.partition(".")[0]
             layers[stack] = max(layers[stack], layer + 1)

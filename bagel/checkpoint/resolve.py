@@ -19,6 +19,8 @@ from bagel.config import BAGEL_7B, BagelConfig, ConfigError, DecoderConfig, Imag
 
 T = TypeVar("T")
 
+MOST_LACKING = 1000
+"""Layers that a file may say beyond those that there are; more would take long to list as missing."""
 ZEBRA_WEIGHTS = "model_bf16.safetensors"
 ZEBRA_VIT_TRANSFORM = ImageTransform(980, 512, 14)
 """The ViT's resize rule of Bagel-Zebra-CoT, which its files do not state."""
@@ -108,7 +110,7 @@ class Resolver:
             "hidden_size": self._size("hidden_size", "hidden", stated),
             "intermediate_size": self._size("intermediate_size", "mlp", stated),
             "vocab_size": self._size("vocab_size", "vocab", stated),
-            "num_hidden_layers": self._default(stated.integer("num_hidden_layers"), measured.decoder_layers),
+            "num_hidden_layers": self._layers(stated, measured.decoder_layers),
         }
         released = all(getattr(BAGEL_7B.llm_config, name) == size for name, size in sizes.items())
         heads, kv_heads = self._heads(sizes["hidden_size"], released)
@@ -127,6 +129,15 @@ class Resolver:
             qk_norm=self._default(stated.boolean("qk_norm"), measured.has_qk_norm),
             layer_module=self._layer_module(gen=gen),
         )
+
+    def _layers(self, stated: Stated, held: int) -> int:
+        """Return the layers stated; too few or too many are told by their tensors, but absurd numbers at once."""
+        count, label = stated.integer("num_hidden_layers") or (held, "")
+        if count > held + MOST_LACKING:
+            raise CheckpointError(
+                f"{label} says num_hidden_layers {count}, but the weights hold {held}; fetch it again"
+            )
+        return count
 
     def _heads(self, hidden: int, released: bool) -> tuple[int, int]:
         stated, default = self.stated.decoder, BAGEL_7B.llm_config
@@ -167,7 +178,7 @@ class Resolver:
         sizes = {
             "hidden_size": self._size("hidden_size", "vit", stated),
             "intermediate_size": self._size("intermediate_size", "vit_mlp", stated),
-            "num_hidden_layers": self._default(stated.integer("num_hidden_layers"), measured.vit_layers + 1),
+            "num_hidden_layers": self._layers(stated, measured.vit_layers + 1),
         }
         released = all(getattr(default, name) == size for name, size in sizes.items())
         channels = self._default(stated.integer("num_channels"), default.num_channels)

@@ -143,6 +143,8 @@ def _read_config(path: Path, label: str) -> tuple[Source | None, str | None]:
 
 
 def _read_object(path: Path) -> dict[str, Any] | None:
+    if path.exists() and not path.is_file():  # a pipe would be waited for
+        raise CheckpointError(f"{path} cannot be read: it is no file")
     try:
         text = path.read_text(encoding="utf-8-sig")
     except FileNotFoundError:

@@ -27,12 +27,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = build_parser().parse_args(argv)
     try:
         _run(args)
-        sys.stdout.flush()
+        if sys.stdout is not None:  # as it is where a shell has closed it
+            sys.stdout.flush()
     except KeyboardInterrupt:
         print("bagel: stopped", file=sys.stderr)
         return INTERRUPTED
     except BrokenPipeError:  # whoever read the output has left; nothing more can be said there, at exit neither
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        if sys.stdout is not None:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return FAILED
     except Exception as error:
         if args.debug:

@@ -67,9 +67,11 @@ def scale_of(weight: Scaled, first: int, last: int) -> Tensor:
 
 
 def is_finite(weight: Scaled) -> Tensor:
-    """Return, as a boolean on its device, whether neither values nor scales are NaN or infinite."""
-    fine = weight.scale.isfinite().all()
-    if weight.values.dtype == torch.int8:
+    """Return, as a boolean on its device, whether values, scales and their greatest product are not NaN or infinite."""
+    dtype = weight.values.dtype
+    greatest = 128 if dtype == torch.int8 else torch.finfo(dtype).max
+    fine = (weight.scale.float() * greatest).isfinite().all()
+    if dtype == torch.int8:
         return fine
     bits = weight.values.view(torch.uint8) & 0x7F
     limit = 0x7E if weight.values.dtype == FLOAT8 else 0x7B  # the largest finite pattern; e5m2 has infinities

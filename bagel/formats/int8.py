@@ -74,7 +74,7 @@ def from_file(name: str, tensors: Mapping[str, Tensor]) -> Integers:
     """
     module, values = name.removesuffix(".weight"), tensors[name]
     greatest, layout = tensors.get(f"{module}.SCB"), tensors.get(f"{module}.weight_format")
-    if layout is not None and layout.item() != 0:
+    if layout is not None and bool((layout != 0).any()):
         raise ValueError(f"{name} is stored in tiles for one kind of GPU; only rows (weight_format 0) can be read")
     if greatest is None:
         raise ValueError(f"{name} has 8-bit integers without their scales ({module}.SCB)")
@@ -83,4 +83,6 @@ def from_file(name: str, tensors: Mapping[str, Tensor]) -> Integers:
             f"{name} should be a matrix of int8 with a scale per row, got {tuple(values.shape)} {values.dtype} and "
             f"{tuple(greatest.shape)} scales"
         )
+    if bool((greatest < 0).any()):
+        raise ValueError(f"{module}.SCB has magnitudes that are negative; fetch the file again")
     return Integers(values, greatest.float()[:, None] / LARGEST)

@@ -192,6 +192,10 @@ def from_file(name: str, tensors: Mapping[str, Tensor]) -> Blocks:
     for key, (tensor, size) in sizes.items():
         if tensor.numel() != size:
             raise ValueError(f"{key} has {tensor.numel()} elements where a weight of shape {shape} has {size}")
+    if not torch.allclose(book, torch.tensor(CODEBOOKS[kind]), rtol=0, atol=1e-4):
+        raise ValueError(f"{name}.quant_map does not hold the 16 values of {kind}; fetch the file again")
+    if isinstance(absmax, Tensor) and bool((absmax < 0).any()):
+        raise ValueError(f"{name}.absmax has magnitudes that are negative; fetch the file again")
     return Blocks(codes, absmax, book, kind, shape, DTYPES[state["dtype"]])
 
 
@@ -202,7 +206,8 @@ def _state(name: str, tensors: Mapping[str, Tensor]) -> tuple[dict[str, Any], st
                 state = json.loads(bytes(text.tolist()))
                 sizes = state["blocksize"], state.get("nested_blocksize", NESTED_BLOCK)
                 known = all(isinstance(side, int) for side in state["shape"]) and state["dtype"] in DTYPES
-            except (ValueError, KeyError, TypeError) as error:
+                known &= isinstance(state.get("nested_offset", 0.0), float | int)
+            except (ValueError, KeyError, TypeError, RecursionError) as error:
                 raise ValueError(f"the description of {name} in 4 bits cannot be read ({error!r})") from error
             if sizes != (BLOCK, NESTED_BLOCK) or not known:
                 raise ValueError(f"{name} is stored as {state}; only blocks of {BLOCK} and {NESTED_BLOCK} can be read")
@@ -213,7 +218,7 @@ def _state(name: str, tensors: Mapping[str, Tensor]) -> tuple[dict[str, Any], st
 def _tensor(tensors: Mapping[str, Tensor], key: str, dtype: torch.dtype) -> Tensor:
     if (tensor := tensors.get(key)) is None or tensor.dtype != dtype:
         raise ValueError(f"{key} should be {dtype}, and is {'missing' if tensor is None else tensor.dtype}")
-    return tensor
+    return tensor.flatten()
 
 
 # ----------------------------------------------------------------------------------------------------------------------

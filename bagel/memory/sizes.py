@@ -21,7 +21,7 @@ def parse_bytes(size: str | int, name: str = "memory") -> int:
     """
     if isinstance(size, bool) or not isinstance(size, str | int):
         raise TypeError(f'{name} must be a size such as "8GiB" or a number of bytes, got {size!r}')
-    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([kmg]i?)?b?\s*", str(size).lower())
+    found = re.fullmatch(r"\s*(\d{1,18}(?:\.\d+)?)\s*([kmg]i?)?b?\s*", str(size).lower())
     nbytes = int(float(found[1]) * UNITS[found[2] or ""]) if found else 0
     if nbytes < 1:
         raise ValueError(f'{name} must be a size such as "8GiB" or "7500MB", got {size!r}')

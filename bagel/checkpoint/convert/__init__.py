@@ -11,7 +11,7 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,7 @@ from bagel.checkpoint.convert.formats import FORMATS, NAMES
 from bagel.checkpoint.convert.plan import Planned, shards, unit_files
 from bagel.checkpoint.errors import CheckpointError
 from bagel.checkpoint.export import AUTOENCODER_NAMES, CHECKSUMS, INDEX_NAME, config_files, write_content
-from bagel.checkpoint.files import JOURNAL, UNITS_FIELD, quoted
+from bagel.checkpoint.files import JOURNAL, UNITS_FIELD, path_of, quoted
 from bagel.checkpoint.keys import targets
 from bagel.formats import dfloat11
 from bagel.tokenizer import Tokenizer
@@ -64,7 +64,7 @@ def convert_checkpoint(
         CheckpointError: what is wrong with the source, files in the way, too little room, a full disk, or a tensor
             that reads back wrongly.
     """
-    place = Path(folder).expanduser()
+    place = path_of(folder, "the folder to write into")
     checkpoint = Checkpoint.open(source, base=base, weights=weights)
     _check(to, max_shard_bytes, every_linear=every_linear)
     tokenizer = Tokenizer.from_pretrained(checkpoint.tokenizer_folder)
@@ -74,15 +74,22 @@ def convert_checkpoint(
     else:
         most = max_shard_bytes or SHARD_BYTES
         files = shards(checkpoint.weights, keys, FORMATS[to], max_bytes=most, every_linear=every_linear)
-    settings = {"to": to, "every_linear": every_linear, "files": [file.name for file in files]}
+    settings = {"to": to, "every_linear": every_linear, "files": {file.name: _marked(file.names()) for file in files}}
     try:
-        journal = _Journal.open(place, settings | {"source": _marks(checkpoint)})
-        _check_room(place, files, journal)
-        for file in files:
-            _make(file, place, checkpoint, journal, report or (lambda name, what: None))
-        return _finish(place, checkpoint, tokenizer, to, files, journal)
+        with _alone(place):
+            journal = _Journal.open(place, settings | {"source": _marks(checkpoint)})
+            _check_room(place, files, journal)
+            for file in files:
+                _make(file, place, checkpoint, journal, report or (lambda name, what: None))
+            return _finish(place, checkpoint, tokenizer, to, files, journal)
+    except BrokenPipeError:  # of whoever is reported to
+        raise
     except OSError as error:
-        raise CheckpointError(f"{place} cannot be written: {error}; run the same again to go on") from error
+        at = Path(error.filename or place)
+        what = "written" if place in (at, *at.parents) else "read"
+        raise CheckpointError(
+            f"{at if what == 'read' else place} cannot be {what}: {error}; run the same again to go on"
+        ) from error
     finally:
         checkpoint.weights.close()
 
@@ -93,6 +100,8 @@ def _check(to: str, max_shard_bytes: int | None, *, every_linear: bool) -> None:
     if max_shard_bytes is not None and (to == "dfloat11" or to.startswith("gguf")):
         reason = "a file per unit" if to == "dfloat11" else "one file"
         raise CheckpointError(f"{to} has {reason}: leave the size of shards out")
+    if max_shard_bytes is not None and (isinstance(max_shard_bytes, bool) or not isinstance(max_shard_bytes, int)):
+        raise TypeError(f"the size of shards must be a number of bytes, got {max_shard_bytes!r}")
     if max_shard_bytes is not None and max_shard_bytes < 1:
         raise CheckpointError(f"the size of shards must be at least 1 byte, got {max_shard_bytes}")
     if every_linear and to in ("dfloat11", "bf16"):
@@ -103,6 +112,33 @@ def _marks(checkpoint: Checkpoint) -> list[list[object]]:
     """Return what tells one source from another: its files' names, sizes and times."""
     stats = [(file.name, file.stat()) for file in checkpoint.weights.files]
     return [[name, stat.st_size, stat.st_mtime_ns] for name, stat in stats]
+
+
+def _marked(names: list[str]) -> str:
+    """Return what tells one file's tensors from another's: how they are shared out hangs on the size of shards."""
+    return hashlib.sha256("\n".join(names).encode()).hexdigest()[:16]
+
+
+@contextlib.contextmanager
+def _alone(place: Path) -> Iterator[None]:
+    """Make a folder and keep other processes from converting into it, where the system can: they would mix files."""
+    place.mkdir(parents=True, exist_ok=True)
+    try:
+        import fcntl
+    except ImportError:
+        yield
+        return
+    handle = os.open(place, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise CheckpointError(f"another process is converting into {place}; wait until it is done") from None
+        except OSError:  # a file system without locks
+            pass
+        yield
+    finally:
+        os.close(handle)
 
 
 # What is done ---------------------------------------------------------------------------------------------------------
@@ -117,25 +153,25 @@ class _Journal:
     @classmethod
     def open(cls, place: Path, settings: dict[str, Any]) -> _Journal:
         """Begin in an empty folder, or go on in one where the same was interrupted."""
-        place.mkdir(parents=True, exist_ok=True)
-        there = sorted(path.name for path in place.iterdir())
+        there = sorted(path.name for path in place.iterdir() if path.name != f"{JOURNAL}.tmp")
         try:
             found = json.loads((place / JOURNAL).read_text(encoding="utf-8"))
             same, done = found["settings"] == settings, dict(found["done"])
+            other = found["settings"]["to"]
         except FileNotFoundError:
             if there:
                 raise CheckpointError(f"{place} already holds {quoted(there)}; choose another folder") from None
             fresh = cls(place, settings, {})
             fresh.save()
             return fresh
-        except (ValueError, KeyError, TypeError) as error:
+        except (ValueError, KeyError, TypeError, RecursionError) as error:
             raise CheckpointError(
                 f"{place / JOURNAL} is damaged ({error!r}); empty the folder and begin again"
             ) from error
         if not same:
             raise CheckpointError(
-                f"{place} holds another conversion that was interrupted (--to {found['settings'].get('to')}), or its "
-                "source has changed; choose another folder, or empty this one"
+                f"{place} holds another conversion that was interrupted (--to {other}), or its source or --shard "
+                "has changed; choose another folder, or empty this one"
             )
         for name in there:
             if name.endswith(".tmp"):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from bagel.checkpoint.errors import CheckpointError
 from bagel.checkpoint.files import TensorFiles, choose_weights, read_several, read_sharded, read_single
 from bagel.checkpoint.sources import bitsandbytes, dfloat11, float8
 from bagel.checkpoint.sources.base import Packed, Source, TensorReader
@@ -42,6 +43,9 @@ def source_of(tensors: TensorFiles) -> TensorSource:
     """Return the model that safetensors files hold, each weight in the format in which it is stored."""
     prefix = next((p for p in PREFIXES if any(key.startswith(p) for key in tensors.entries)), "")
     names = {key.removeprefix(prefix): key for key in tensors.entries}
+    if len(names) < len(tensors.entries):
+        twice = next(key for key in names if {key, prefix + key} <= tensors.entries.keys())
+        raise CheckpointError(f"{tensors.label} holds {twice} with and without the prefix {prefix}; remove one of them")
     entries = {key: tensors.entries[name] for key, name in names.items()}
     reader = TensorReader(tensors, names)
     packed = bitsandbytes.find(entries, reader) | dfloat11.find(entries, reader)

@@ -86,7 +86,7 @@ def _four_bits(
     try:
         state: Any = json.loads(bytes(reader.tensor(described).flatten().tolist()))
         shape, dtype = tuple(int(side) for side in state["shape"]), DTYPES[state["dtype"]]
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, OverflowError, RecursionError) as error:
         raise CheckpointError(f"{entry.file} describes {name} in a damaged way ({error!r}); fetch it again") from error
     parts = (f"{name}.absmax", f"{name}.quant_map", *(name + end for end in NESTED))
     keys = (name, described, *(part for part in parts if part in entries))

@@ -115,9 +115,10 @@ def find(entries: Mapping[str, TensorEntry], reader: TensorReader) -> dict[str, 
 
 def _patterns(folder: Path, entries: Mapping[str, TensorEntry]) -> Mapping[str, Sequence[str]]:
     """Return what units hold: as the configuration says, else as in BAGEL's release."""
+    file = folder / "config.json"
     try:
-        config = json.loads((folder / "config.json").read_text(encoding="utf-8-sig"))
-    except (OSError, ValueError):  # which `bagel.checkpoint.stated` tells about
+        config = json.loads(file.read_text(encoding="utf-8-sig")) if file.is_file() else None
+    except (OSError, ValueError, RecursionError):  # which `bagel.checkpoint.stated` tells about
         config = None
     if isinstance(config, dict) and UNITS_FIELD in config:
         return dfloat11.read_config(config)

@@ -60,6 +60,8 @@ class EightBitTensor:
         if len(self.keys) == 1:
             return torch.ones(1, 1)
         scale = reader.tensor(self.keys[1]).float()
+        if bool((scale < 0).any()):
+            raise CheckpointError(f"{self.entry.file} has a negative scale, {self.keys[1]}; fetch it again")
         return scale.view(-1, 1) if scale.ndim < 2 else scale
 
 
@@ -72,6 +74,8 @@ def find(entries: Mapping[str, TensorEntry], metadata: Mapping[str, str], reader
         name = key.removesuffix(".weight")
         scale = next((name + end for end in SCALES if name != key and name + end in entries), None)
         kind = described.get(name, {}).get("format", FLOATS.get(entry.dtype))
+        if kind is not None and not isinstance(kind, str):
+            raise CheckpointError(f"{entry.file} describes {key} in a damaged way (format {kind!r}); fetch it again")
         if key == MARKER or kind is None or (entry.dtype not in FLOATS and name not in described):
             continue
         _check(key, entry, described.get(name, {}), kind, entries.get(scale or ""))
@@ -108,7 +112,7 @@ def _descriptions(
 def _json(text: str | bytes, label: str) -> dict[str, Any]:
     try:
         values = json.loads(text)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{label} is not valid JSON ({error}); fetch the file again") from error
     if not isinstance(values, dict):
         raise CheckpointError(f"{label} must hold a JSON object, got {type(values).__name__}; fetch the file again")
@@ -130,7 +134,7 @@ def _check(key: str, entry: TensorEntry, description: Mapping[str, Any], kind: s
             raise CheckpointError(f"{entry.file} has no scale for {key} ({SCALES[0]}); fetch the file again")
         return
     whole = {(), (1,), (1, 1)}
-    rows = {(entry.shape[0],), (entry.shape[0], 1)}
+    rows = {entry.shape[:1], (*entry.shape[:1], 1)}
     blocks = {tuple(math.ceil(side / BLOCK) for side in entry.shape)}
     fits = blocks if kind == "int8_blockwise" else whole | rows
     if scale.shape not in fits or scale.dtype not in ("F32", "BF16", "F16"):

@@ -62,11 +62,14 @@ class GGUFSource:
     def __init__(self, file: Path, *, prefixes: tuple[str, ...] = ()) -> None:
         self.file, self.label, self.mark = file, file.name, stamp(file)
         reader = _open(file)
+        _check_layout(reader, file)
         prefix = next((p for p in prefixes if any(t.name.startswith(p) for t in reader.tensors)), "")
         self.entries: dict[str, TensorEntry] = {}
         self.places: dict[str, _Place] = {}
         for tensor in reader.tensors:
             key = tensor.name.removeprefix(prefix)
+            if key in self.entries:
+                raise CheckpointError(f"{file} holds {key} twice, with the prefix {prefix} and without; remove one")
             shape = _shape(reader, tensor)
             kind, size = tensor.tensor_type.name, int(tensor.n_bytes)
             dtype = PLAIN[kind][0] if kind in PLAIN else "BF16"
@@ -152,6 +155,22 @@ def _open(file: Path) -> Any:
             f"{file} ({size} bytes) is no whole GGUF file ({reason}): truncated, damaged or of an unknown type; fetch "
             "it again"
         ) from error
+
+
+def _check_layout(reader: Any, file: Path) -> None:
+    """Raise CheckpointError unless tensors follow each other without holes, as ggml too demands.
+
+    A damaged header would otherwise make one tensor of the bytes of another.
+    """
+    end, size = int(reader.data_offset), stamp(file)[0]
+    for tensor in sorted(reader.tensors, key=lambda tensor: int(tensor.data_offset)):
+        start = int(tensor.data_offset)
+        if start != end or start + int(tensor.n_bytes) > size:
+            raise CheckpointError(
+                f"{file} says {tensor.name} has {int(tensor.n_bytes)} bytes from {start} on, where {end} was to be "
+                f"expected, of {size}: its header is damaged, fetch it again"
+            )
+        end = start + -(-int(tensor.n_bytes) // reader.alignment) * reader.alignment
 
 
 def _stored(tensor: Any) -> tuple[int, ...]:

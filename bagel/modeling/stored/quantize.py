@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -84,14 +84,29 @@ def converter(format: str, *, parts: Sequence[str] = EXPERTS, layers: int) -> Co
     return convert
 
 
-def saved_bytes(model: Bagel, dtype: torch.dtype, format: str, parts: Sequence[str] = EXPERTS) -> int:
+def saved_bytes(
+    model: Bagel,
+    dtype: torch.dtype,
+    format: str,
+    parts: Sequence[str] = EXPERTS,
+    *,
+    kept: Collection[str] = (),
+) -> int:
     """Return about how many bytes less a model takes if it is quantised, which may be on the meta device.
 
+    `kept` names layers that stay as they are stored, and so are not quantised.
+
     Raises:
-        ValueError: an unknown format or part.
+        ValueError: an unknown format or part, or all these layers are kept.
     """
     chosen, wanted = _chosen(format, parts, len(model.decoder.layers))
-    linears = [part for name, part in model.named_modules() if isinstance(part, nn.Linear) and wanted(name)]
+    names = {name: part for name, part in model.named_modules() if isinstance(part, nn.Linear) and wanted(name)}
+    linears = [part for name, part in names.items() if name not in kept]
+    if names and not linears:
+        raise ValueError(
+            f"these weights are compressed already, so there is nothing to store as {format}: leave it out, or decode "
+            "them first with expand=True"
+        )
     return int(sum(linear.weight.numel() for linear in linears) * (dtype.itemsize - chosen.bits / 8))
 
 

@@ -44,7 +44,7 @@ def load_parts(
     memory: str | int | None = None,
     expand: bool = False,
     quantize: str | None = None,
-    quantize_parts: Sequence[str] = EXPERTS,
+    quantize_parts: str | Sequence[str] = EXPERTS,
     convert: Convert | None = None,
 ) -> tuple[Bagel, Autoencoder | None, Tokenizer]:
     """Return model, autoencoder and tokenizer of a folder or Hub id; arguments as `BagelPipeline.from_pretrained`."""
@@ -128,7 +128,8 @@ def _load_within(
     A CPU never holds more than its limit; beside a GPU the host keeps all weights if it can.
 
     Raises:
-        NotEnoughMemoryError: weights are to be converted, which files do not hold, and memory does not hold them.
+        NotEnoughMemoryError: weights are to be converted, which files do not hold, and memory does not hold them; or
+            the limit does not even hold what never leaves the device.
     """
     if (convert := types["convert"]) is not None:  # where it is fast; the result goes where it is kept
         types = types | {"convert": lambda name, linear: convert(name, linear.to(device)).to("cpu")}
@@ -146,7 +147,12 @@ def _load_within(
     for name in leave:
         owner, _, leaf = name.rpartition(".")
         pieces[model.get_submodule(owner), leaf] = checkpoint.pieces(name)
-    place(model, vae, device, limit=limit, pieces=pieces)
+    supply = place(model, vae, device, limit=limit, pieces=pieces)
+    if (fixed := supply.fixed + supply.slack) > limit:
+        raise NotEnoughMemoryError(
+            f"the weights that never leave {device} take {said(fixed)}, more than the limit of {said(limit)}: give "
+            "more with memory=..."
+        )
 
 
 def choose_device(device: torch.device | str | None) -> torch.device:

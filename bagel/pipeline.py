@@ -87,7 +87,7 @@ class BagelPipeline:
         progress: bool = True,
         expand: bool = False,
         quantize: str | None = None,
-        quantize_parts: Sequence[str] = ("gen", "und"),
+        quantize_parts: str | Sequence[str] = ("gen", "und"),
         convert: Convert | None = None,
     ) -> BagelPipeline:
         """Load a checkpoint in the official layout, or one whose weights are compressed (they stay so).

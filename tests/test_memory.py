@@ -43,7 +43,7 @@ def limited(variant: str, share: float, dtype: torch.dtype = torch.float32) -> B
     least = max(*(guest.nbytes for guest in supply.guests.values()), head + passing(units, 2))
     every = nbytes(units) + nbytes(supply.guests.values())
     supply.limit, supply.work = int(supply.fixed + least + share * (every - least)), Nothing()
-    supply._others = lambda: 0  # caches are small, but not beside weights of this size
+    supply._cached = lambda: 0  # caches are small, but not beside weights of this size
     return pipe
 
 
@@ -191,15 +191,15 @@ def test_room_is_made_more_than_once_before_a_forward():
 def test_caches_count_while_they_live():
     pipe = limited("tiny", 0.6)
     supply = pipe.model.decoder.supply
-    del supply._others
-    before = supply._others()
+    del supply._cached
+    before = supply._cached()
     with pipe.session() as session:
         session.read("a few words")
         own = {id(cache): cache for cache in supply.caches}.values()
-        assert supply._others() == before + sum(cache.keys.nbytes + cache.values.nbytes for cache in own) > before
+        assert supply._cached() == before + sum(cache.keys.nbytes + cache.values.nbytes for cache in own) > before
     del session, own
     gc.collect()
-    assert supply._others() == before
+    assert supply._cached() == before
 
 
 def test_calling_the_model_from_within_itself_is_refused():
@@ -483,7 +483,7 @@ def from_files(folder: Path, dtype: str = "float32") -> BagelPipeline:
     pipe = BagelPipeline.from_pretrained(folder, device="cpu", dtype=dtype, memory=size - nbytes_left // 2)
     pipe.model.decoder.supply.work = Nothing()
     pipe.model.decoder.supply.make_room = lambda _: None
-    pipe.model.decoder.supply._others = lambda: 0
+    pipe.model.decoder.supply._cached = lambda: 0
     return pipe
 
 
@@ -537,7 +537,7 @@ def test_quantised_weights_arrive_too(form):
     units = [unit for pair in supply.layers for unit in pair if unit is not None]
     guests = max(unit.nbytes for unit in supply.guests.values())
     supply.limit, supply.work = supply.fixed + guests + 6 * max(unit.nbytes for unit in units), Nothing()
-    supply._others = lambda: 0
+    supply._cached = lambda: 0
     assert same(results(pipe), results(wanted))
     assert supply.moves > 0
     assert weight_bytes(pipe.model, None) < 0.8 * weight_bytes(load_pipeline_of_demo().model, None)
@@ -560,3 +560,8 @@ def test_formats_and_parts_that_do_not_exist_are_refused():
         BagelPipeline.from_pretrained(DEMO, device="cpu", quantize="int8", quantize_parts=("head",))
     with pytest.raises(ValueError, match="not both"):
         BagelPipeline.from_pretrained(DEMO, device="cpu", quantize="int8", convert=lambda name, linear: linear)
+
+
+def test_a_limit_below_what_never_leaves_the_device_is_refused_at_loading():
+    with pytest.raises(NotEnoughMemoryError, match=r"never leave cpu take .* MiB, more than the limit of 1\.0 MiB"):
+        BagelPipeline.from_pretrained(DEMO, device="cpu", memory="1MiB")

@@ -35,7 +35,7 @@ def limited(share: float, **types) -> BagelPipeline:
     limit = int(share * weight_bytes(pipe.model, pipe.vae)) + room
     supply = place(pipe.model, pipe.vae, torch.device("cuda"), limit=limit, smallest=4096)
     supply.slack = room  # what images and caches take, which the limit is not about here
-    supply._others = lambda: 0
+    supply._cached = lambda: 0
     supply.work = Nothing()
     pipe.model.attention = BagelPipeline(pipe.model, None, pipe.tokenizer, attention="auto").model.attention
     return pipe
@@ -90,7 +90,7 @@ def test_reading_from_the_files(monkeypatch):
     monkeypatch.setattr("bagel.memory.placement.SLACK", 0)
     pipe = BagelPipeline.from_pretrained(CHECKPOINT, device="cuda", dtype=torch.bfloat16, memory=size // 2)
     supply = pipe.model.decoder.supply
-    supply._others, supply.work = (lambda: 0), Nothing()
+    supply._cached, supply.work = (lambda: 0), Nothing()
     supply.make_room = lambda _: None
     assert any(parameter.is_meta for parameter in pipe.model.parameters())
     assert results(pipe) == wanted

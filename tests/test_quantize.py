@@ -157,3 +157,8 @@ def test_they_do_where_kernels_round(pipe, kernels, monkeypatch, name):
     monkeypatch.setitem(test_every_module.KERNELS, "matrix_times_vector", test_every_module.one_row)
     monkeypatch.setitem(test_every_module.KERNELS, "integer_product", None)
     check(pipe, name, exact=False)
+
+
+def test_one_part_may_be_given_by_its_name_alone():
+    model = new_model()
+    assert quantize(model, "nf4", parts="gen") == quantize(new_model(), "nf4", parts=("gen",)) > 0

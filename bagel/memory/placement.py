@@ -106,9 +106,6 @@ def place(
         limit: bytes.
         pieces: parameters that are read from files whenever they are needed, and are on the meta device; see `Unit`.
         smallest: bytes of the smallest tensor that does not stay on the device for good.
-
-    Raises:
-        NotEnoughMemoryError: what has to be on the device does not fit.
     """
     if vae is not None and device.type == "cuda":  # laid out as the GPU's convolutions like it
         vae.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]

@@ -120,7 +120,9 @@ def describe(model: Bagel, vae: Autoencoder | None) -> str:
     supply = model.decoder.supply
     if supply is None:
         return f"all weights stay on {model.device}"
-    return Planner(model, vae, model.device).plan(supply.limit).sentence()
+    planner = Planner(model, vae, model.device)
+    planner.slack = supply.slack
+    return planner.plan(supply.limit).sentence()
 
 
 def size_of(model: Bagel, vae: Autoencoder | None) -> str:

@@ -253,9 +253,9 @@ class Supply:
 
     def _room(self, work: int) -> int:
         """Return the bytes that weights may take beside those that are always there."""
-        return self.limit - self.fixed - self._others() - work - self.slack
+        return self.limit - self.fixed - self._cached() - work - self.slack
 
-    def _others(self) -> int:
+    def _cached(self) -> int:
         """Return the bytes that keys and values take."""
         return sum(cache.keys.nbytes + cache.values.nbytes for cache in self.caches)
 

@@ -62,7 +62,7 @@ EXPERTS = ("gen", "und")
 """The parts that are quantised by default: nine tenths of the released model's weights."""
 
 
-def converter(format: str, *, parts: Sequence[str] = EXPERTS, layers: int) -> Convert:
+def converter(format: str, *, parts: str | Sequence[str] = EXPERTS, layers: int) -> Convert:
     """Return what quantises the linear layers of some parts of a model, one by one, as they are loaded.
 
     Args:
@@ -88,7 +88,7 @@ def saved_bytes(
     model: Bagel,
     dtype: torch.dtype,
     format: str,
-    parts: Sequence[str] = EXPERTS,
+    parts: str | Sequence[str] = EXPERTS,
     *,
     kept: Collection[str] = (),
 ) -> int:
@@ -113,13 +113,16 @@ def saved_bytes(
 def check_format(name: str) -> None:
     """Raise ValueError for a name that is none of `FORMATS`."""
     if name not in FORMATS:
-        raise ValueError(f"there is no format named {name!r}; there are {', '.join(FORMATS)}")
+        raise ValueError(
+            f"there is no format named {name!r}; there are {', '.join(FORMATS)}, and `bagel convert` writes more"
+        )
 
 
-def _chosen(format: str, parts: Sequence[str], layers: int) -> tuple[Format, Callable[[str], bool]]:
+def _chosen(format: str, parts: str | Sequence[str], layers: int) -> tuple[Format, Callable[[str], bool]]:
     """Return a format, and what tells the layers that are to be stored so by their names."""
     check_format(format)
-    parts = tuple(PARTS) if "all" in parts else tuple(parts)
+    parts = (parts,) if isinstance(parts, str) else tuple(parts)
+    parts = tuple(PARTS) if "all" in parts else parts
     if not parts or not set(parts) <= set(PARTS):
         raise ValueError(
             f"parts of a model are {', '.join(PARTS)}, or all; got {', '.join(map(repr, parts)) or 'none'}"
@@ -134,7 +137,7 @@ def _chosen(format: str, parts: Sequence[str], layers: int) -> tuple[Format, Cal
     return chosen, wanted
 
 
-def quantize(model: Bagel, format: str, *, parts: Sequence[str] = EXPERTS) -> int:
+def quantize(model: Bagel, format: str, *, parts: str | Sequence[str] = EXPERTS) -> int:
     """Quantise linear layers of a loaded model in place, on its device, and return how many.
 
     A part that the model does not have is left out. What is quantised cannot be quantised again, nor exported.
@@ -152,9 +155,9 @@ def quantize(model: Bagel, format: str, *, parts: Sequence[str] = EXPERTS) -> in
     # Names only: each weight is freed as soon as another has taken its place.
     names = [name for name, module in model.named_modules() if isinstance(module, nn.Linear) and wanted(name)]
     if not names:
+        named = parts if isinstance(parts, str) else ", ".join(parts)
         raise ValueError(
-            f"this model has no linear layer to quantise in {', '.join(parts)}: they were quantised before, or were "
-            "not loaded"
+            f"this model has no linear layer to quantise in {named}: they were quantised before, or were not loaded"
         )
     for name in names:
         chosen.check(model.get_submodule(name), name)

@@ -136,6 +136,30 @@ def test_an_error_half_way_leaves_nothing_wrong():
     assert caught.value
 
 
+@pytest.mark.parametrize("files", [False, True])
+def test_stopping_at_any_point_of_placing_weights_leaves_nothing_wrong(monkeypatch, files):
+    if files:
+        wanted, pipe = BagelPipeline.from_pretrained(DEMO, device="cpu"), from_files(DEMO)
+    else:
+        wanted, pipe = load_pipeline("tiny"), limited("tiny", 0.1)
+    options = {"num_timesteps": 2, "progress": False, "seed": 1}
+    latents = wanted.text_to_image("a red circle", **options).latents
+    for name in ("place", "fill"):
+        for point in (1, 2, 4):
+            original, calls = getattr(Unit, name), itertools.count(1)
+
+            def stopped(self, memory, original=original, calls=calls, point=point):
+                if next(calls) == point:
+                    raise KeyboardInterrupt
+                original(self, memory)
+
+            with monkeypatch.context() as patch:
+                patch.setattr(Unit, name, stopped)
+                with pytest.raises(KeyboardInterrupt):
+                    pipe.text_to_image("a red circle", **options)
+            assert pipe.text_to_image("a red circle", **options).latents.equal(latents), (name, point)
+
+
 def test_stopping_a_stream_and_drawing_between_its_tokens():
     plain, pipe = load_pipeline("tiny"), limited("tiny", 0.1)
     found = []
@@ -418,15 +442,28 @@ def test_what_stays_is_spread_evenly_and_fits():
 
 @pytest.mark.parametrize(
     ("size", "found"),
-    [("8GiB", 8 * GIB), ("7.5 gb", 7_500_000_000), ("512MiB", 2**29), ("500m", 5e8), (1000, 1000), ("20", 20)],
+    [
+        ("8GiB", 8 * GIB),
+        ("7.5 gb", 7_500_000_000),
+        ("512MiB", 2**29),
+        ("500m", 5e8),
+        (2**20, 2**20),
+        ("2000000", 2_000_000),
+    ],
 )
 def test_sizes_are_understood(size, found):
     assert parse_bytes(size) == found
 
 
-@pytest.mark.parametrize("size", ["eight", "8 GiBs", "-1GiB", "0", "", "8,5GB", "GB", "4TB", "1e9"])
+@pytest.mark.parametrize("size", ["eight", "8 GiBs", "-1GiB", "", "8,5GB", "GB", "4TB", "1e9"])
 def test_other_sizes_are_refused(size):
     with pytest.raises(ValueError, match="memory must be a size"):
+        parse_bytes(size)
+
+
+@pytest.mark.parametrize("size", ["0", "8", 1, "900 KB"])
+def test_sizes_without_their_unit_are_refused(size):
+    with pytest.raises(ValueError, match=r'too little for anything: add a unit, such as "8GiB"'):
         parse_bytes(size)
 
 

@@ -17,7 +17,7 @@ from bagel.memory.sizes import parse_bytes, said
 def convert(args: Namespace) -> None:
     """Convert a checkpoint, and tell of every file and of the sizes before and after."""
     try:
-        size = None if args.shard is None else parse_bytes(args.shard, "--shard")
+        size = None if args.shard is None else parse_bytes(args.shard, "--shard", least=1)
     except ValueError as error:
         raise UsageError(str(error)) from error
     source = resolve_source(

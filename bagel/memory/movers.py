@@ -28,6 +28,10 @@ class Mover(Protocol):
         """Let what is computed from now on wait for a mark."""
         ...
 
+    def finish(self) -> None:
+        """Wait until nothing is being filled any more, whatever became of it."""
+        ...
+
 
 class GPUMover:
     """Copies from the host's memory in a stream of its own, beside what a CUDA GPU computes."""
@@ -56,6 +60,10 @@ class GPUMover:
         if mark is not None:
             torch.cuda.current_stream(self.device).wait_event(mark)
 
+    def finish(self) -> None:
+        """Wait for the GPU."""
+        torch.cuda.synchronize(self.device)
+
 
 class FileMover(GPUMover):
     """As `GPUMover`, for weights that are read from files: by a thread, lest the GPU's work be launched too late."""
@@ -71,6 +79,11 @@ class FileMover(GPUMover):
     def wait(self, mark: Any) -> None:
         """Wait until all is read and being copied, and raise what went wrong in reading."""
         super().wait(mark.result() if isinstance(mark, Future) else mark)
+
+    def finish(self) -> None:
+        """Wait for the thread, then for the GPU."""
+        self.thread.submit(int).result()
+        super().finish()
 
 
 class HostMover:
@@ -91,6 +104,10 @@ class HostMover:
         if mark is not None:
             mark.result()
 
+    def finish(self) -> None:
+        """Wait for the thread."""
+        self.thread.submit(int).result()
+
 
 class OrderlyMover:
     """Fills memory at once, for other devices: their copies wait in one queue with what they compute."""
@@ -104,6 +121,9 @@ class OrderlyMover:
 
     def wait(self, mark: None) -> None:
         """Go on."""
+
+    def finish(self) -> None:
+        """Nothing is under way."""
 
 
 def mover_for(device: torch.device) -> Mover:

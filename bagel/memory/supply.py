@@ -8,9 +8,10 @@ arrive for the next forward. Nothing is rounded or reordered: results are the sa
 
 from __future__ import annotations
 
+import itertools
 import threading
 from collections.abc import Callable, Generator, Iterator, Sequence
-from contextlib import closing, contextmanager, suppress
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from typing import Any
 from weakref import WeakSet
@@ -114,6 +115,9 @@ class Supply:
             try:
                 with closing(self._walk(layers, len(und), len(gen))) as walk:
                     yield walk
+            except BaseException:
+                self._abandon()
+                raise
             finally:
                 self._busy, self.current = False, frozenset()
 
@@ -132,6 +136,9 @@ class Supply:
             try:
                 self._bring(unit, work)
                 yield
+            except BaseException:
+                self._abandon()
+                raise
             finally:
                 self.current = before
 
@@ -315,18 +322,18 @@ class Supply:
         unit.place(slot.memory)
 
     def _wait(self, unit: Unit) -> None:
-        """Wait until a unit's values are there; whatever goes wrong in reading them, nothing half read is kept."""
-        try:
-            self.mover.wait(self.placed[unit].ready_from)
-        except BaseException:
-            for other, placed in self.placed.items():
-                other.place(None)
-                with suppress(Exception):  # its slot must not go before what is being copied into it
-                    self.mover.wait(placed.ready_from)
-            self.placed.clear()
-            self.order, self.stays = (), frozenset()
-            self.moves += 1
-            raise
+        """Let what follows wait until a unit's values are there."""
+        self.mover.wait(self.placed[unit].ready_from)
+
+    def _abandon(self) -> None:
+        """After an error or Ctrl-C at any point: nothing on the device is trusted, all weights are at home."""
+        self.mover.finish()  # no memory may go before what is being copied into it
+        for unit in [unit for unit in (*itertools.chain(*self.layers), *self.guests.values()) if unit is not None]:
+            unit.place(None)
+        self.placed.clear()
+        self.free.clear()
+        self.order, self.stays = (), frozenset()
+        self.moves += 1
 
     def _new_slot(self, nbytes: int) -> Slot:
         with torch.inference_mode(False):

@@ -8,6 +8,7 @@ import gc
 import itertools
 import random
 import shutil
+import sys
 import threading
 from pathlib import Path
 
@@ -301,6 +302,33 @@ def test_other_threads_wait_while_a_guest_computes():
         other.join()
         assert early == [False]
         assert gone.is_set()
+
+
+def test_caches_are_counted_while_other_threads_make_some():
+    pipe = BagelPipeline.from_pretrained(REFERENCE / "tiny" / "checkpoint", device="cpu")
+    supply = place(pipe.model, pipe.vae, HOST, limit=2**40, smallest=0)
+    made, wrong, done = [pipe.model.new_context() for _ in range(200)], [], threading.Event()
+
+    def count():
+        while not done.is_set():
+            try:
+                supply.make_room(0)
+            except RuntimeError as error:
+                wrong.append(error)
+                return
+
+    before = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    try:
+        thread = threading.Thread(target=count)
+        thread.start()
+        made += [pipe.model.new_context() for _ in range(2000)]
+    finally:
+        done.set()
+        thread.join()
+        sys.setswitchinterval(before)
+    assert not wrong
+    assert len(supply.caches) == len(made)
 
 
 def test_gradients_are_refused():

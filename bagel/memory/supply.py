@@ -160,9 +160,15 @@ class Supply:
         with self._lock:
             self._make_room(wanted, "keeping what was read")
 
+    def count(self, cache: Any) -> None:
+        """Count the `keys` and `values` of a cache as taken for as long as it lives."""
+        with self._lock:  # other threads may be counting
+            self.caches.add(cache)
+
     def spare(self) -> int:
         """Return the bytes that are free while the weights stay as they are."""
-        return self._room(0) - self._taken() + sum(slot.memory.nbytes for slot in self.free)
+        with self._lock:
+            return self._room(0) - self._taken() + sum(slot.memory.nbytes for slot in self.free)
 
     def holds(self, *, gen: bool) -> bool:
         """Whether all that a forward of und tokens alone needs, or of both, is on the device to stay."""

@@ -32,7 +32,7 @@ class KVCache:
     def __init__(self, keys: Tensor, values: Tensor, supply: Any = None) -> None:
         self.keys, self.values, self.supply = keys, values, supply
         if supply is not None:
-            supply.caches.add(self)
+            supply.count(self)
         self.headroom, self.capacity = 0, keys.shape[1]  # tokens that fit before the context, and from there on
         self.views: WeakSet[Context] = WeakSet()
 

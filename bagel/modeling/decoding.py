@@ -39,7 +39,7 @@ class FixedCaches:
         self.keys = torch.zeros(shape, device=model.device, dtype=model.dtype)
         self.values = torch.zeros_like(self.keys)
         if model.decoder.supply is not None:
-            model.decoder.supply.caches.add(self)
+            model.decoder.supply.count(self)
         self.lengths = torch.zeros(texts, device=model.device, dtype=torch.int32)
 
     def __call__(self, layer: int, und: Heads, gen: Heads) -> Seen:

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
 import copy
 import gc
 import itertools
-import random
 import shutil
 import sys
 import threading
@@ -26,7 +24,6 @@ from bagel.memory.movers import OrderlyMover, mover_for
 from bagel.memory.placement import experts_of, place, weight_bytes
 from bagel.memory.plan import Planner, Request
 from bagel.memory.sizes import GIB, parse_bytes
-from bagel.memory.supply import Supply
 from bagel.memory.units import Piece, Unit
 from bagel.pipeline import BagelPipeline
 
@@ -341,74 +338,6 @@ def test_gradients_are_refused():
     decoder.layers[0].und.mlp.down_proj.weight.requires_grad_(True)
     with pytest.raises(RuntimeError, match="has no gradients: load it without memory"):
         pipe.model(packed)
-
-
-@pytest.mark.parametrize("seed", range(40))
-def test_whatever_is_asked_for_in_whatever_order_values_are_right_and_within_the_limit(seed):
-    """Forwards, guests and room in a random order, some stopped half-way, some without memory."""
-    world = World(random.Random(seed))
-    for _ in range(30):
-        with contextlib.suppress(Stopped, NotEnoughMemoryError, torch.OutOfMemoryError):
-            world.random.choice([world.forward, world.forward, world.guest, world.room])()
-    world.supply.release()
-    assert all(module.weight.equal(weight) for module, weight in world.weights.items())
-
-
-class Stopped(Exception):
-    pass
-
-
-class World:
-    """A supply of random units, and what they hold."""
-
-    def __init__(self, numbers: random.Random) -> None:
-        self.random = numbers
-
-        def module(*sizes: int) -> nn.Linear:
-            return nn.Linear(numbers.choice(sizes), 1, bias=False).requires_grad_(False)
-
-        def unit(own: nn.Module | None) -> Unit | None:
-            return None if own is None else Unit("weight", [own], smallest=0)
-
-        self.pairs = [(module(300, 500), module(300, 700) if numbers.random() < 0.9 else None) for _ in range(5)]
-        self.guests = [module(200, 300, 900) for _ in range(3)]
-        every = [own for own in (*itertools.chain(*self.pairs), *self.guests) if own is not None]
-        self.weights = {own: own.weight.clone() for own in every}
-        layers = [(unit(und), unit(gen)) for und, gen in self.pairs]
-        guests = {guest: unit(guest) for guest in self.guests}
-        total = sum(2048 + own.weight.nbytes for own in every)
-        limit = numbers.randrange(9000, total)
-        self.supply = Supply(HOST, layers, guests, limit=limit, fixed=0, work=lambda u, g: u + g, slack=0)  # pyright: ignore
-        new_slot = self.supply._new_slot
-
-        def lacking(size: int):
-            if numbers.random() < 0.03:
-                raise torch.OutOfMemoryError("CUDA out of memory")
-            return new_slot(size)
-
-        self.supply._new_slot = lacking
-
-    def forward(self) -> None:
-        und, gen = self.random.choice([1, 500, 2000, 4000]), self.random.choice([0, 0, 100, 3000, 6000])
-        stop = self.random.choice([None] * 6 + [0, 1, 2, 3])
-        with self.supply.through([nn.Identity()] * 5, torch.empty(und, 1), torch.empty(gen, 1)) as layers:
-            for index, _ in enumerate(layers):
-                for own in self.pairs[index][: 2 if gen else 1]:
-                    assert own is None or own.weight.equal(self.weights[own])
-                assert self.supply._taken() <= self.supply.limit - und - gen
-                if index == stop:
-                    raise Stopped
-
-    def guest(self) -> None:
-        guest, work = self.random.choice(self.guests), self.random.choice([0, 100, 2000])
-        with self.supply.using(guest, work):
-            assert guest.weight.equal(self.weights[guest])
-            assert self.supply._taken() <= self.supply.limit - work
-
-    def room(self) -> None:
-        wanted = self.random.choice([0, 1000, 5000])
-        self.supply.make_room(wanted)
-        assert self.supply._taken() <= self.supply.limit - wanted
 
 
 def test_a_copy_is_refused():

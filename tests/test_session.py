@@ -323,6 +323,21 @@ def test_each_session_of_a_batch_remembers_its_own_answer_noise_and_negative_pro
         assert_close(twin.read(last).draw(**options).latents, image.latents, relative=1e-4)
 
 
+def test_each_session_of_a_batch_goes_on_from_the_image_that_it_drew():
+    def go_on(session: Session) -> torch.Tensor:
+        return session.read("and now").draw(num_timesteps=3).latents
+
+    sessions, options = [], []
+    for seed, height in ((1, 32), (2, 48)):
+        sessions.append(PIPE.session(seed=seed).read("a riddle"))
+        options.append(make_options("draw", {**SMALL, "height": height}))
+    draw_all(sessions, options)
+    for session, (seed, height) in zip(sessions, ((1, 32), (2, 48)), strict=True):
+        twin = PIPE.session(seed=seed).read("a riddle")
+        twin.draw(**{**SMALL, "height": height})
+        assert_close(go_on(session), go_on(twin), relative=1e-4)  # measured: 3e-6
+
+
 def test_two_images_have_posterior_noise_of_their_own():
     noises = [torch.randn(16, 10, 8, generator=torch.Generator().manual_seed(seed)) for seed in (1, 2)]
     both = PIPE.session().read(OTHER, OTHER, posterior_noise=noises).contexts.turn
@@ -346,6 +361,13 @@ def test_a_second_drawing_is_guided_as_an_edit_and_has_no_plan_of_the_first():
     assert first.text
     assert second.text is None
     assert torch.equal(second.latents, twin.draw(num_timesteps=3, **EDIT).latents)
+
+
+def test_a_plan_that_was_answered_is_not_that_of_the_next_image():
+    session = PIPE.session(seed=1).read("a riddle")
+    session.think(max_think_tokens=3)
+    session.write(max_new_tokens=2)
+    assert session.read("draw it").draw(**SMALL).text is None
 
 
 def test_branches_of_one_length_are_not_taken_for_the_same():

@@ -54,7 +54,7 @@ class Part:
         if not self.pieces:
             place.copy_(self.home, non_blocking=place.is_cuda)
         for piece in self.pieces:
-            step = max(1, READ_BYTES * piece.rows // max(self.home.nbytes, 1))
+            step = max(1, READ_BYTES * self.home.shape[0] // max(self.home.nbytes, 1))
             for first in range(0, piece.rows, step):
                 rows = place[piece.start + first : piece.start + min(first + step, piece.rows)]
                 found = piece.read(first, first + rows.shape[0])

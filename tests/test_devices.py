@@ -405,6 +405,7 @@ BEHIND = {
         "unlock_pages": "called with what `lock_pages` has locked",
     },
     "bagel/memory/movers.py": {
+        "GPUMover.finish": "made by `mover_for` for a CUDA GPU",
         f"GPUMover.{name}": "a mover that is chosen for GPUs of CUDA alone"
         for name in ("__init__", "start", "now", "wait")
     },

@@ -405,9 +405,8 @@ BEHIND = {
         "unlock_pages": "called with what `lock_pages` has locked",
     },
     "bagel/memory/movers.py": {
-        "GPUMover.finish": "made by `mover_for` for a CUDA GPU",
         f"GPUMover.{name}": "a mover that is chosen for GPUs of CUDA alone"
-        for name in ("__init__", "start", "now", "wait")
+        for name in ("__init__", "start", "now", "wait", "finish")
     },
     "bagel/training/batch.py": {"FlatBatch.pin_memory": "called by a loader with pin_memory, for a GPU of CUDA alone"},
     "bagel/training/stream.py": {"Delivery.pin_memory": "called by a loader with pin_memory, for a GPU of CUDA alone"},

@@ -82,7 +82,7 @@ class Supply:
         self.reached = 0
         self.moves = 0
         """How often weights have left the device: whoever remembers where they are must look again."""
-        self._lock, self._busy = threading.RLock(), False
+        self.lock, self._busy = threading.RLock(), False
 
     def __reduce__(self) -> Any:
         raise TypeError("a model within a limit of memory cannot be copied; load it once more")
@@ -108,7 +108,7 @@ class Supply:
         if self.device.type == "cuda" and torch.cuda.is_current_stream_capturing():
             yield iter(layers)  # what a graph was made of stays where it is, see `holds`
             return
-        with self._lock:
+        with self.lock:
             if self._busy:
                 raise RuntimeError("a model within a limit of memory cannot be called from within itself")
             self._busy = True
@@ -131,7 +131,7 @@ class Supply:
         if unit is None or (self.device.type == "cuda" and torch.cuda.is_current_stream_capturing()):
             yield
             return
-        with self._lock:
+        with self.lock:
             before, self.current = self.current, self.current | {unit}
             try:
                 self._bring(unit, work)
@@ -152,22 +152,22 @@ class Supply:
 
     def expect(self, und: int, gen: int) -> None:
         """Make room for a forward of so many tokens, whose inputs are made before it begins."""
-        with self._lock:
+        with self.lock:
             self._make_room(self.work(und, gen), f"computing {und + gen} tokens at once")
 
     def make_room(self, wanted: int) -> None:
         """Make room for so many bytes of something that will stay."""
-        with self._lock:
+        with self.lock:
             self._make_room(wanted, "keeping what was read")
 
     def count(self, cache: Any) -> None:
         """Count the `keys` and `values` of a cache as taken for as long as it lives."""
-        with self._lock:  # other threads may be counting
+        with self.lock:  # other threads may be counting
             self.caches.add(cache)
 
     def spare(self) -> int:
         """Return the bytes that are free while the weights stay as they are."""
-        with self._lock:
+        with self.lock:
             return self._room(0) - self._taken() + sum(slot.memory.nbytes for slot in self.free)
 
     def holds(self, *, gen: bool) -> bool:
@@ -177,7 +177,7 @@ class Supply:
 
     def release(self) -> None:
         """Take all weights from the device that are not always there."""
-        with self._lock:
+        with self.lock:
             for unit in list(self.placed):
                 self._leave(unit)
             self.order, self.stays = (), frozenset()

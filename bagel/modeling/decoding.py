@@ -7,6 +7,7 @@ own.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 
 import torch
 from torch import Tensor
@@ -85,9 +86,11 @@ class DecodeStep:
     def __call__(self, ids: Tensor) -> Tensor:
         """Append a token (B,) to each text and return the logits (B, vocab) float32, valid until the next call."""
         self.ids.copy_(ids)
-        if self.graph is None or self.moves != moves_of(self.model):
-            return self._run()
-        self.graph.replay()
+        supply = self.model.decoder.supply
+        with nullcontext() if supply is None else supply.lock:  # or another thread might let weights leave in between
+            if self.graph is None or self.moves != moves_of(self.model):
+                return self._run()
+            self.graph.replay()
         return self.logits
 
     def _run(self) -> Tensor:

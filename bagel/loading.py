@@ -80,7 +80,8 @@ def load_parts(
         types = {"dtype": dtype, "vae_dtype": vae_dtype, "expand": expand, "convert": convert}
         if limit is None and (free := free_bytes(device)) is not None:
             limit = free - (OUTSIDE if device.type == "cuda" else 0)
-        if limit is None or needed + Work(checkpoint.config, dtype).drawing(Request()) <= limit:
+        work = Work(checkpoint.config, dtype)  # an edit has three branches, the most
+        if limit is None or needed + max(work.drawing(Request(branches=3)), work.writing(Request())) <= limit:
             checkpoint.load(model, vae, device=device, **types)
         else:
             _load_within(limit, checkpoint, model, vae, device, needed, types)

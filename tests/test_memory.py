@@ -450,13 +450,17 @@ def test_plans_of_the_released_model():
         arrive.append(plan.drawing[1])
     assert arrive == sorted(arrive, reverse=True)
     assert arrive[-1] == 0
-    assert planner.plan(32 * GIB).fits
-    assert not planner.plan(24 * GIB).fits
+    fits, splits = planner.plan(32 * GIB), planner.plan(24 * GIB)
+    assert fits.drawing[1] == fits.writing[1] == 0
+    assert splits.drawing[1] > 0
     assert "all they need stays" in planner.plan(16 * GIB).sentence()  # texts
     assert "too little" in planner.plan(GIB).sentence()
     least = planner.least()
     assert planner.plan(least - GIB // 4).drawing is None
     assert planner.least(Request(branches=3)) > least
+    painter = planner.painter + planner.work.finishing(Request())  # it has to fit by itself, too
+    assert least >= planner.fixed + planner.slack + painter
+    assert planner.least(Request(side=512)) < least
 
 
 def test_units_hold_every_large_weight_of_the_experts():

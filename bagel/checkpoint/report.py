@@ -16,7 +16,7 @@ from bagel.checkpoint.files import TensorEntry, find_autoencoder, read_single
 from bagel.checkpoint.free_memory import free_places
 from bagel.checkpoint.keys import find_row, targets
 from bagel.memory.plan import BUS, Planner
-from bagel.memory.sizes import GIB
+from bagel.memory.sizes import GIB, said
 from bagel.memory.work import Request
 from bagel.modeling import Bagel
 from bagel.vae import Autoencoder
@@ -183,7 +183,7 @@ def _limits(checkpoint: Checkpoint) -> list[str]:
         vae = None if vae_config is None else Autoencoder(vae_config).to(torch.bfloat16)
     _store(model, checkpoint)
     planner = Planner(model, vae, torch.device("cuda"))
-    side = min(Request().side, checkpoint.config.max_latent_size * checkpoint.config.latent_downsample)
+    side = planner.work.side(Request())
     kind = "bfloat16" if checkpoint.weights.format == "safetensors" else "as stored"
     lines = [f"on a GPU within a limit (memory=...; {kind}; an image of {side}x{side}, a text about an image)"]
     lines.append(
@@ -194,6 +194,8 @@ def _limits(checkpoint: Checkpoint) -> list[str]:
         lines.append(
             f"  {limit:>4} GiB  {_stays(plan.drawing):>14}  {_arrives(plan.drawing):>24}  {_arrives(plan.writing):>28}"
         )
+    does = "draws such an image" if checkpoint.config.visual_gen else "answers"
+    lines.append(f"  the least within which it {does}: {said(planner.least())}")
     return [*lines, f"  the times: copied at {BUS / 1e9:.0f} GB/s (PCIe 4), while others compute; results are the same"]
 
 

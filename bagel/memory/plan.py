@@ -27,31 +27,17 @@ class Plan:
 
     Attributes:
         limit: bytes.
-        weights: bytes of all weights.
-        fixed: of those that never leave the device.
         drawing: bytes of both experts that stay while an image is drawn, and of those that arrive for each evaluation;
             None where it does not fit.
         writing: the same of the und expert and the head, for each token of a text.
     """
 
     limit: int
-    weights: int
-    fixed: int
     drawing: tuple[int, int] | None
     writing: tuple[int, int] | None
 
-    @property
-    def fits(self) -> bool:
-        """Whether all weights stay on the device."""
-        return (
-            self.drawing is not None
-            and self.writing is not None
-            and self.weights <= self.limit
-            and not (self.drawing[1] or self.writing[1])
-        )
-
-    def sentence(self, *, bus: float = BUS) -> str:
-        """Say what was chosen and what it costs; `bus` in bytes a second."""
+    def sentence(self) -> str:
+        """Say what was chosen and what it costs."""
         size = said(self.limit)
         if self.drawing is None and self.writing is None:
             return f"{size}: too little for this model"
@@ -62,7 +48,7 @@ class Plan:
             elif found[1]:
                 parts.append(
                     f"{what}: {said(found[0])} of the experts stay, {said(found[1])} arrive for each "
-                    f"{each}, in {found[1] / bus:.2f} s at {bus / 1e9:.0f} GB/s, while others compute"
+                    f"{each}, in {found[1] / BUS:.2f} s at {BUS / 1e9:.0f} GB/s, while others compute"
                 )
             else:
                 parts.append(f"{what}: all they need stays")
@@ -81,17 +67,18 @@ class Planner:
     def __init__(self, model: Bagel, vae: Autoencoder | None, device: torch.device) -> None:
         self.layers, self.guests = experts_of(model), guests_of(model, vae)
         self.head = self.guests.get(model.decoder.lm_head) if model.decoder.lm_head is not None else None
+        self.painter = 0 if vae is None else self.guests[vae].nbytes
         self.work, self.config = Work(model.config, model.dtype), model.config
-        self.weights, on_gpu = weight_bytes(model, vae), device.type == "cuda"
+        on_gpu = device.type == "cuda"
         self.slack = SLACK if on_gpu else 0
         table = model.decoder.embed_tokens.weight.nbytes if on_gpu and self.head is not None else 0
         moving = [unit for unit in itertools.chain(*self.layers) if unit is not None]
-        self.fixed = self.weights - table - nbytes([*moving, *self.guests.values()])
+        self.fixed = weight_bytes(model, vae) - table - nbytes([*moving, *self.guests.values()])
 
     def plan(self, limit: int, request: Request | None = None) -> Plan:
         """Return the plan for a limit in bytes."""
         request = request or Request()
-        return Plan(limit, self.weights, self.fixed, self._drawing(limit, request), self._writing(limit, request))
+        return Plan(limit, self._drawing(limit, request), self._writing(limit, request))
 
     def least(self, request: Request | None = None) -> int:
         """Return the smallest limit, to a quarter of a GiB, within which a request can be drawn or answered."""
@@ -105,7 +92,10 @@ class Planner:
     def _drawing(self, limit: int, request: Request) -> tuple[int, int] | None:
         if not self.config.visual_gen:
             return None
-        room = limit - self.slack - self.fixed - self.work.drawing(request)
+        free = limit - self.slack - self.fixed
+        if self.painter + self.work.finishing(request) > free:
+            return None
+        room = free - self.work.drawing(request)
         return _split([unit for experts in self.layers for unit in needs(experts, 1)], room)
 
     def _writing(self, limit: int, request: Request) -> tuple[int, int] | None:

@@ -1,4 +1,4 @@
-"""How much memory computing takes besides weights and caches: measured on a GPU, as bytes per token or pixel."""
+"""How much memory computing takes besides weights and caches: counted from the largest tensors that live at once."""
 
 from __future__ import annotations
 
@@ -45,9 +45,21 @@ class Work:
         """Return what drawing takes, caches included, at most the largest image; nothing for a model that cannot."""
         if not self.config.visual_gen:
             return 0
-        step, cells = self.config.latent_downsample, self.config.max_latent_size
-        tokens = request.branches * min(request.side // step, cells) ** 2
-        return self(2 * request.branches, tokens) + (tokens + request.branches * request.context) * self.token
+        return self._cached(request) + self(2 * request.branches, self._latents(request))
+
+    def finishing(self, request: Request) -> int:
+        """Return what decoding the drawn image takes, caches included."""
+        return self._cached(request) + self.pixels(self.side(request) ** 2)
+
+    def _latents(self, request: Request) -> int:
+        return request.branches * (self.side(request) // self.config.latent_downsample) ** 2
+
+    def _cached(self, request: Request) -> int:
+        return (self._latents(request) + request.branches * request.context) * self.token
+
+    def side(self, request: Request) -> int:
+        """Return the side of the image that a request means: as asked, or the largest that the model draws."""
+        return min(request.side, self.config.max_latent_size * self.config.latent_downsample)
 
     def writing(self, request: Request) -> int:
         """Return what answering takes about an image as large as the vision encoder sees any, caches included."""
@@ -60,12 +72,14 @@ class Work:
 
     def decoding(self, latents: Tensor) -> int:
         """Return what the autoencoder takes to decode latents (B, Z, h, w)."""
-        return self._pixels(latents.numel() // latents.shape[1] * 64)
+        vae = self.config.vae_config
+        return 0 if vae is None else self.pixels(latents[:, 0].numel() * vae.downsample**2)
 
     def encoding(self, pixels: Tensor) -> int:
         """Return what the autoencoder takes to encode pixels (B, 3, H, W)."""
-        return self._pixels(pixels.numel() // pixels.shape[1])
+        return self.pixels(pixels[:, 0].numel())
 
-    def _pixels(self, count: int) -> int:
+    def pixels(self, count: int) -> int:
+        """Return what the autoencoder takes for so many pixels, in either direction."""
         vae = self.config.vae_config
         return 0 if vae is None else count * 12 * vae.ch * self.size

@@ -6,6 +6,7 @@ import gc
 
 import pytest
 import torch
+from limited_models import Nothing
 from PIL import Image
 
 from bagel.demo import CHECKPOINT
@@ -39,18 +40,6 @@ def limited(share: float, **types) -> BagelPipeline:
     supply.work = Nothing()
     pipe.model.attention = BagelPipeline(pipe.model, None, pipe.tokenizer, attention="auto").model.attention
     return pipe
-
-
-class Nothing:
-    """The work of a model that computes in no memory at all."""
-
-    def __call__(self, und: int, gen: int) -> int:
-        return 0
-
-    def seeing(self, _: torch.Tensor) -> int:
-        return 0
-
-    encoding = decoding = seeing
 
 
 @pytest.mark.parametrize("share", [0.45, 0.7, 1.5])

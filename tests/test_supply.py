@@ -8,7 +8,7 @@ import random
 
 import pytest
 import torch
-from test_memory import HOST, PHOTO, SMALL, limited
+from limited_models import HOST, PHOTO, SMALL, limited
 from torch import nn
 
 from bagel.memory import NotEnoughMemoryError, units

@@ -31,6 +31,17 @@ OFFICIAL = "ByteDance-Seed/BAGEL-7B-MoT"
 DTYPE_BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "I16": 2}
 
 
+def json_object(text: str | bytes, label: str, *, way_out: str = "") -> dict[str, Any]:
+    """Return what a text of JSON holds; raises CheckpointError, naming it by its label, unless that is an object."""
+    try:
+        values = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(f"{label} is not valid JSON ({error}){way_out}") from error
+    if not isinstance(values, dict):
+        raise CheckpointError(f"{label} must hold a JSON object, got {type(values).__name__}{way_out}")
+    return values
+
+
 @dataclass(frozen=True)
 class TensorEntry:
     """One tensor as a header describes it; `dtype` in the names of safetensors (`BF16`).

@@ -6,7 +6,6 @@ Plain: a weight cast to e4m3 or e5m2, without a scale. `scaled_fp8`: a marker of
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -16,7 +15,7 @@ import torch
 from torch import Tensor
 
 from bagel.checkpoint.errors import CheckpointError
-from bagel.checkpoint.files import TensorEntry
+from bagel.checkpoint.files import TensorEntry, json_object
 from bagel.checkpoint.sources.base import Packed, TensorReader
 from bagel.formats.fp8 import BLOCK, Scaled, scale_of
 
@@ -29,6 +28,7 @@ FORMATS = {**{name: dtype for dtype, name in FLOATS.items()}, "int8_tensorwise":
 SCALES = (".weight_scale", ".scale_weight")
 IGNORED = (".input_scale", ".scale_input", DESCRIPTION)
 """Scales of activations (ours are measured at every product), and descriptions."""
+FETCH = "; fetch the file again"
 
 
 @dataclass(frozen=True)
@@ -100,23 +100,13 @@ def _descriptions(
     """Return what is said of each layer; a layer's own tensor before the file's metadata."""
     found: dict[str, Any] = {}
     if METADATA in metadata:
-        layers = _json(metadata[METADATA], f"the metadata {METADATA}").get("layers", {})
+        layers = json_object(metadata[METADATA], f"the metadata {METADATA}", way_out=FETCH).get("layers", {})
         found |= layers if isinstance(layers, dict) else {}
     for key, entry in entries.items():
         if key.endswith(DESCRIPTION):
             text = bytes(reader.tensor(key).flatten().tolist()) if entry.dtype == "U8" else b""
-            found[key.removesuffix(DESCRIPTION)] = _json(text, key)
+            found[key.removesuffix(DESCRIPTION)] = json_object(text, key, way_out=FETCH)
     return {name: values if isinstance(values, dict) else {} for name, values in found.items()}
-
-
-def _json(text: str | bytes, label: str) -> dict[str, Any]:
-    try:
-        values = json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"{label} is not valid JSON ({error}); fetch the file again") from error
-    if not isinstance(values, dict):
-        raise CheckpointError(f"{label} must hold a JSON object, got {type(values).__name__}; fetch the file again")
-    return values
 
 
 def _check(key: str, entry: TensorEntry, description: Mapping[str, Any], kind: str, scale: TensorEntry | None) -> None:
